@@ -1,0 +1,194 @@
+"""The command `adaptive-head`: make a head, look at one, prepare the embedded model."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError
+
+from adaptive_head.checkpoint import (
+    BaseModelIdentity,
+    HeadError,
+    LoadedHead,
+    load_head,
+    save_head,
+)
+from adaptive_head.embedded_model import ModelPreparationError, prepare
+from adaptive_head.fingerprint import fingerprint_model
+from adaptive_head.head import AdaptiveHead, HeadConfig
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Make and inspect the heads that choose temperatures.",
+)
+
+Number = TypeVar("Number", int, float)
+
+WRONG_INPUT = 2
+
+
+class LevelOption(StrEnum):
+    token = "token"
+    sequence = "sequence"
+
+
+def main() -> None:
+    app()
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(help="Folder to write the head to; new or empty.")],
+    model: Annotated[Path, typer.Option(help="Hugging Face folder of the model it is for.")],
+    hidden_size: Annotated[
+        int | None, typer.Option(min=1, help="Width of the last hidden state [config.json's].")
+    ] = None,
+    temperatures: Annotated[
+        str, typer.Option(help="What it chooses from, increasing, with commas.")
+    ] = "0,0.2,0.4,0.6,0.8,1.0",
+    level: Annotated[
+        LevelOption, typer.Option(help="One choice a token, or one a sequence.")
+    ] = LevelOption.token,
+    layers: Annotated[
+        str, typer.Option(help="Widths of the hidden layers, with commas.")
+    ] = "2048,2048",
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the weights.")] = 0,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model [config.json's, or the folder's].")
+    ] = None,
+) -> None:
+    """Write an untrained head, which chooses all its temperatures about equally often."""
+    with explain_errors():
+        model_config = read_model_config(model)
+        config = HeadConfig(
+            hidden_size or find_hidden_size(model, model_config),
+            tuple(parse_numbers("--temperatures", temperatures, float)),
+            tuple(parse_numbers("--layers", layers, int)),
+        )
+        identity = BaseModelIdentity(
+            name=name or find_model_name(model, model_config),
+            fingerprint=fingerprint_model(model),
+        )
+        network = AdaptiveHead(config, seed)
+        save_head(out, network, level=level.value, base_model=identity, trained=False)
+    typer.echo(f"Wrote an untrained head for {identity.name} to {out}")
+    if identity.fingerprint is None:
+        typer.echo(
+            f"{model} holds no safetensors, so no server can check that it serves this model",
+            err=True,
+        )
+
+
+@app.command()
+def show(
+    head: Annotated[Path, typer.Argument(help="Folder of the head.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a head, and print what is known of it."""
+    with explain_errors():
+        loaded = load_head(head)
+    if as_json:
+        typer.echo(loaded.metadata.model_dump_json(indent=2))
+    else:
+        Console().print(make_table(loaded))
+
+
+@app.command(name="model")
+def prepare_model() -> None:
+    """Download and convert the embedded model, unless it is there, and print its folder."""
+    with explain_errors():
+        folder = prepare()
+    typer.echo(folder)
+
+
+@contextmanager
+def explain_errors() -> Iterator[None]:
+    """Turn what a user can cause into one red sentence and exit status 2."""
+    try:
+        yield
+    except (HeadError, ValueError, OSError, SafetensorError, ModelPreparationError) as error:
+        sentence = " ".join(str(error).split())
+        Console(stderr=True, soft_wrap=True).print(
+            f"adaptive-head: {sentence}", style="red", markup=False, highlight=False
+        )
+        raise typer.Exit(WRONG_INPUT) from None
+
+
+def read_model_config(model: Path) -> dict[str, Any]:
+    """A model folder's `config.json`."""
+    path = model / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{model} is not a model folder: it has no config.json") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
+
+
+def find_hidden_size(model: Path, config: dict[str, Any]) -> int:
+    """The width of a model's last hidden state, be it a text model or has it a text model inside."""
+    text_config = config.get("text_config")
+    inner = text_config.get("hidden_size") if isinstance(text_config, dict) else None
+    size = config.get("hidden_size", inner)
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{model / 'config.json'} has no hidden_size; give it as --hidden-size")
+    return size
+
+
+def find_model_name(model: Path, config: dict[str, Any]) -> str:
+    """The name that the model was published under, or its folder's where only that is known."""
+    published = config.get("_name_or_path")
+    # It can be a path on the machine that saved the model, which is nobody's business.
+    if isinstance(published, str) and published and not is_path(published):
+        return published
+    return model.resolve().name
+
+
+def is_path(name: str) -> bool:
+    return name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1
+
+
+def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Numbers with commas between them; an empty text is none."""
+    try:
+        return [kind(part) for part in text.split(",") if text.strip()]
+    except ValueError:
+        raise ValueError(f"{option} must be numbers with commas between, got {text!r}") from None
+
+
+def make_table(head: LoadedHead) -> Table:
+    """What is known of a head, for a person."""
+    metadata = head.metadata
+    num_weights = sum(weight.numel() for weight in head.network.parameters())
+    table = Table(title=str(head.path), show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = {
+        "made for": metadata.base_model.name,
+        "fingerprint": metadata.base_model.fingerprint or "none",
+        "level": metadata.level,
+        "temperatures": ", ".join(f"{value:g}" for value in metadata.temperatures),
+        "layers": " → ".join(map(str, metadata.config.widths)),
+        "weights": f"{num_weights:,}",
+        "trained": "yes" if metadata.trained else "no",
+        "training": json.dumps(metadata.training) if metadata.training else "none",
+        "created": metadata.created,
+        "git commit": metadata.git_sha or "unknown",
+        "packages": ", ".join(f"{name} {version}" for name, version in metadata.packages.items()),
+        "format": str(metadata.format_version),
+    }
+    for name, value in rows.items():
+        # Plain text, so that [brackets] in a name are not read as markup.
+        table.add_row(name, Text(value))
+    return table

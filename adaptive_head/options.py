@@ -1,0 +1,305 @@
+"""What a request may ask for, and what it means: the `adaptive` object of a request.
+
+`AdaptiveRequest` is the shape that clients send, `Options` what it means once the loaded heads
+are known, and the only thing about adaptivity that travels to the engine.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from adaptive_head.head import MAX_TEMPERATURE
+
+Level = Literal["token", "sequence"]
+PolicyName = Literal["head", "entropy", "schedule", "two_phase", "constant"]
+Selection = Literal["argmax", "sample"]
+ReportDetail = Literal["none", "summary", "tokens"]
+
+# The key under which options travel in vLLM's `SamplingParams.extra_args`.
+EXTRA_ARGS_KEY = "adaptive"
+
+Temperature = Annotated[float, Field(ge=0.0, le=MAX_TEMPERATURE, allow_inf_nan=False)]
+Scale = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
+Parameter = Annotated[float, Field(allow_inf_nan=False)]
+OptionalTokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]
+
+
+class OptionError(ValueError):
+    """An option that cannot be served. `field` names it, as in `adaptive.head`."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class _Strict(BaseModel):
+    # Strict: true is not the number 1, and "0.5" is not 0.5.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class EntropyParameters(_Strict):
+    """T = t0 * 0.8^(theta / H) with H in nats (EDT, arXiv 2403.14541)."""
+
+    t0: Temperature = 1.0
+    theta: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] = 1.0
+
+
+class ScheduleParameters(_Strict):
+    """From `start`, in a line, to `end` after `tokens` generated tokens."""
+
+    start: Temperature = 1.0
+    end: Temperature = 0.3
+    tokens: Annotated[int, Field(ge=1, le=10_000_000)] = 256
+
+
+class TwoPhaseParameters(_Strict):
+    """`thinking` until the model has written `marker`, then `answer`."""
+
+    thinking: Temperature = 1.0
+    answer: Temperature = 0.3
+    marker: Annotated[str, Field(min_length=1, max_length=64)] = "</think>"
+
+
+class ConstantParameters(_Strict):
+    """The control: one temperature for every token."""
+
+    temperature: Temperature = 0.7
+
+
+class AdaptiveRequest(_Strict):
+    """The `adaptive` object of a request."""
+
+    head: str | None = Field(None, description="A loaded head; null means the default head.")
+    level: Level | None = Field(
+        None, description="One choice a token or one a sequence; null means the head's own level."
+    )
+    policy: PolicyName = Field("head", description="What chooses the temperature.")
+    select: Selection | None = Field(
+        None, description="The head's likeliest temperature (argmax, the default) or a draw."
+    )
+    min: Temperature | None = Field(None, description="No temperature below this.")
+    max: Temperature | None = Field(None, description="No temperature above this.")
+    scale: Scale = Field(1.0, description="Multiplies the chosen temperature, before min and max.")
+    report: ReportDetail = Field("summary", description="What the answer says of its temperatures.")
+    entropy: EntropyParameters | None = None
+    schedule: ScheduleParameters | None = None
+    two_phase: TwoPhaseParameters | None = None
+    constant: ConstantParameters | None = None
+
+
+class Head(Protocol):
+    """What must be known of a loaded head to resolve a request."""
+
+    @property
+    def level(self) -> Level: ...
+
+
+class MarkerTokenizer(Protocol):
+    """Turns a marker into its token ids, without special tokens around them."""
+
+    def __call__(self, marker: str, /) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """A request's options once resolved: complete, and valid for the loaded heads.
+
+    `parameters` are the policy's own: entropy (t0, theta), schedule (start, end, tokens),
+    two_phase (thinking, answer), constant (temperature,), head ().
+    `name` labels answers and metrics: the head's name, or the policy's. `marker_token_id` ends
+    the thinking of two_phase, `start_token_id` begins it again; -1 where there is none.
+    """
+
+    policy: PolicyName
+    name: str
+    level: Level
+    select: Selection
+    scale: Scale
+    min: Temperature
+    max: Temperature
+    parameters: tuple[Parameter, ...] = ()
+    marker_token_id: OptionalTokenId = -1
+    start_token_id: OptionalTokenId = -1
+
+    def to_extra_args(self) -> dict[str, Any]:
+        """The options as `SamplingParams.extra_args` carries them (plain, msgpack-able)."""
+        return {EXTRA_ARGS_KEY: asdict(self) | {"parameters": list(self.parameters)}}
+
+    @classmethod
+    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> "Options | None":
+        """The options that a request carries, or None for an ordinary request.
+
+        Raises:
+            OptionError: the entry is not one that `to_extra_args` made.
+        """
+        if not extra_args or EXTRA_ARGS_KEY not in extra_args:
+            return None
+        value = extra_args[EXTRA_ARGS_KEY]
+        refusal = OptionError("", f"extra_args[{EXTRA_ARGS_KEY!r}] was not made by to_extra_args")
+        if not isinstance(value, Mapping) or set(value) != {f.name for f in fields(cls)}:
+            raise refusal
+        try:
+            options = _OPTIONS.validate_python(dict(value))
+        except ValidationError:
+            raise refusal from None
+        has_its_name = options.policy in ("head", options.name)
+        if not has_its_name or len(options.parameters) != _NUM_PARAMETERS[options.policy]:
+            raise refusal
+        return options
+
+
+_OPTIONS = TypeAdapter(Options)
+_NUM_PARAMETERS: dict[PolicyName, int] = {
+    "head": 0,
+    "entropy": 2,
+    "schedule": 3,
+    "two_phase": 2,
+    "constant": 1,
+}
+
+
+def parse_request(value: Any) -> AdaptiveRequest:
+    """Validate the `adaptive` object of a request's body.
+
+    Raises:
+        OptionError: names the first wrong field, and says what would be valid.
+    """
+    if not isinstance(value, Mapping):
+        raise OptionError("", f'must be an object such as {{"level": "token"}}, got {value!r:.80}')
+    try:
+        return AdaptiveRequest.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        message = first["msg"]
+        if first["type"] == "extra_forbidden":
+            *parents, _ = first["loc"]
+            model = _nested_model(parents)
+            message = "unknown field; the fields are " + ", ".join(model.model_fields)
+        raise OptionError(field, f"{message} (got {first['input']!r:.80})") from None
+
+
+def _nested_model(path: list[int | str]) -> type[BaseModel]:
+    return _PARAMETER_MODELS[str(path[0])] if path else AdaptiveRequest
+
+
+_PARAMETER_MODELS: dict[str, type[_Strict]] = {
+    "entropy": EntropyParameters,
+    "schedule": ScheduleParameters,
+    "two_phase": TwoPhaseParameters,
+    "constant": ConstantParameters,
+}
+
+
+def resolve_options(
+    request: AdaptiveRequest,
+    heads: Mapping[str, Head],
+    default_head: str | None,
+    tokenize_marker: MarkerTokenizer | None = None,
+) -> Options:
+    """Decide what a request means, given the loaded heads.
+
+    Args:
+        heads: the loaded heads by name.
+        default_head: which of them answers where a request names none.
+        tokenize_marker: needed for the two_phase policy.
+
+    Raises:
+        OptionError: the request cannot be served; says what would be valid.
+    """
+    _refuse_misplaced(request)
+    low = 0.0 if request.min is None else request.min
+    high = MAX_TEMPERATURE if request.max is None else request.max
+    if low > high:
+        raise OptionError("min", f"min {low:g} is above max {high:g}")
+    name, level = (
+        _resolve_head(request, heads, default_head)
+        if request.policy == "head"
+        else (request.policy, _resolve_policy_level(request))
+    )
+    marker_token_id, start_token_id = -1, -1
+    if request.policy == "two_phase":
+        marker = (request.two_phase or TwoPhaseParameters()).marker
+        marker_token_id, start_token_id = _resolve_markers(marker, tokenize_marker)
+    return Options(
+        policy=request.policy,
+        name=name,
+        level=level,
+        select=request.select or "argmax",
+        scale=request.scale,
+        min=low,
+        max=high,
+        parameters=_resolve_parameters(request),
+        marker_token_id=marker_token_id,
+        start_token_id=start_token_id,
+    )
+
+
+def _refuse_misplaced(request: AdaptiveRequest) -> None:
+    """An option that the chosen policy would ignore is a mistake of the client."""
+    if request.policy != "head":
+        for field in ("head", "select"):
+            if getattr(request, field) is not None:
+                raise OptionError(field, f"{field} goes with policy head, not {request.policy}")
+    for policy in _PARAMETER_MODELS:
+        if policy != request.policy and getattr(request, policy) is not None:
+            raise OptionError(policy, f"{policy} goes with policy {policy}, not {request.policy}")
+
+
+def _resolve_head(
+    request: AdaptiveRequest, heads: Mapping[str, Head], default_head: str | None
+) -> tuple[str, Level]:
+    name = default_head if request.head is None else request.head
+    loaded = ", ".join(sorted(heads)) or "none"
+    if name is None:
+        raise OptionError("head", f"no head is loaded; the policies need none: {_policies()}")
+    if name not in heads:
+        raise OptionError("head", f"unknown head {name!r:.80}; loaded: {loaded}")
+    level = heads[name].level
+    if request.level not in (None, level):
+        raise OptionError("level", f"head {name!r} was made for level {level!r}")
+    return name, level
+
+
+def _policies() -> str:
+    return ", ".join(_PARAMETER_MODELS)
+
+
+def _resolve_policy_level(request: AdaptiveRequest) -> Level:
+    if request.level == "sequence" and request.policy in ("schedule", "two_phase"):
+        raise OptionError("level", f"policy {request.policy} has level token only")
+    return request.level or "token"
+
+
+def _resolve_parameters(request: AdaptiveRequest) -> tuple[float, ...]:
+    match request.policy:
+        case "entropy":
+            entropy = request.entropy or EntropyParameters()
+            return entropy.t0, entropy.theta
+        case "schedule":
+            schedule = request.schedule or ScheduleParameters()
+            return schedule.start, schedule.end, float(schedule.tokens)
+        case "two_phase":
+            two_phase = request.two_phase or TwoPhaseParameters()
+            return two_phase.thinking, two_phase.answer
+        case "constant":
+            return ((request.constant or ConstantParameters()).temperature,)
+        case "head":
+            return ()
+
+
+def _resolve_markers(marker: str, tokenize_marker: MarkerTokenizer | None) -> tuple[int, int]:
+    """Token ids of the end-of-thinking marker and, where `</x>` has one, of its `<x>`."""
+    if tokenize_marker is None:
+        raise OptionError("policy", "two_phase needs a tokenizer, and this server has none")
+    end = tokenize_marker(marker)
+    if len(end) != 1:
+        raise OptionError(
+            "two_phase.marker",
+            f"{marker!r} is {len(end)} tokens to this model; the marker must be one token, "
+            "such as the end-of-thinking token of a reasoning model",
+        )
+    start = tokenize_marker("<" + marker[2:]) if marker.startswith("</") else []
+    return end[0], start[0] if len(start) == 1 else -1

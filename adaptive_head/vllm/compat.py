@@ -1,0 +1,69 @@
+"""Is this a vLLM that the plugin fits, and a configuration that it can serve?
+
+Everything that cannot work is refused here, at start-up, with a sentence that names the option.
+"""
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SUPPORTED_MINOR = (0, 32)
+
+
+class UnsupportedError(RuntimeError):
+    """This vLLM, or this configuration of it, cannot serve adaptive temperatures."""
+
+
+def check_version(version_tuple: tuple[int | str, ...]) -> None:
+    """Refuse every vLLM minor but the one that the plugin was written against.
+
+    Raises:
+        UnsupportedError: names both versions.
+    """
+    if tuple(version_tuple[:2]) != SUPPORTED_MINOR:
+        wanted = ".".join(map(str, SUPPORTED_MINOR))
+        found = ".".join(map(str, version_tuple[:3]))
+        raise UnsupportedError(f"this release needs vLLM {wanted}.x, found vLLM {found}")
+
+
+def check_parameters(function: Callable[..., object], *names: str) -> None:
+    """Refuse a vLLM in which something that the plugin overrides or calls has changed.
+
+    Raises:
+        UnsupportedError: `function` does not take exactly the parameters `names`.
+    """
+    found = tuple(inspect.signature(function).parameters)
+    if found != names:
+        raise UnsupportedError(
+            f"vLLM's {function.__qualname__} takes {found}, this release expects {names}"
+        )
+
+
+def refuse_unsupported(config: "VllmConfig") -> None:
+    """Refuse a configuration in which adaptive temperatures would be wrong or missing.
+
+    Raises:
+        UnsupportedError: names the option.
+    """
+    model, parallel = config.model_config, config.parallel_config
+    refusals = {
+        "--speculative-config": config.speculative_config is not None,
+        "--enable-batch-sharded-sampling": parallel.enable_batch_sharded_sampling,
+        "--return-sampling-mask": model.return_sampling_mask,
+        "--watermark-config": config.watermark_config is not None,
+        "--distributed-executor-backend external_launcher": (
+            parallel.distributed_executor_backend == "external_launcher"
+        ),
+        "--runner pooling (a pooling model)": model.runner_type == "pooling",
+        "a diffusion model": bool(getattr(model, "is_diffusion", False)),
+        "VLLM_USE_RUST_FRONTEND": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
+    }
+    if found := [name for name, is_found in refusals.items() if is_found]:
+        raise UnsupportedError(
+            f"adaptive temperatures do not work with {', '.join(found)}: "
+            "leave the option out, or serve without adaptive temperatures"
+        )

@@ -1,0 +1,145 @@
+"""The V1 model runner's share, as thin as it can be: vLLM uses V1 on a CPU.
+
+V1 keeps no slots that a plugin could use and rebuilds its batch every step, so the rows are
+described anew each time, on the host. That is free on a CPU and would cost a synchronisation
+on a GPU, where V2 is vLLM's own default: V1 is refused there.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from adaptive_head.checkpoint import LoadedHead
+from adaptive_head.selector import Step, TemperatureSelector, to_micro
+from adaptive_head.vllm.choices import ChoiceLists
+from adaptive_head.vllm.compat import UnsupportedError, check_parameters
+from adaptive_head.vllm.heads import read_options
+
+if TYPE_CHECKING:
+    _Stock = GPUModelRunner
+else:
+    _Stock = object
+
+# The slot of every ordinary request.
+ORDINARY_SLOT = 0
+
+check_parameters(GPUModelRunner.sample_tokens, "self", "grammar_output")
+check_parameters(GPUModelRunner._update_states, "self", "scheduler_output")
+check_parameters(Sampler.sample, "self", "logits", "sampling_metadata", "logprobs_mode_override")
+
+
+class AdaptiveSamplerV1(Sampler):
+    """vLLM's V1 sampler, with a temperature a row where `step` says so."""
+
+    def __init__(self, stock: Sampler, selector: TemperatureSelector) -> None:
+        super().__init__(stock.logprobs_mode, stock.use_fp64_gumbel)
+        self._selector = selector
+        # Everything of the coming step but its logits; None for an ordinary batch.
+        self.step: dict[str, Any] | None = None
+        self.temperatures: torch.Tensor | None = None
+
+    def sample(
+        self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.step is not None:
+            temperatures = self._selector.select(Step(logits=logits, **self.step))
+            assert temperatures is not None and sampling_metadata.temperature is not None
+            self.temperatures = temperatures
+            fixed = sampling_metadata.temperature
+            sampling_metadata = dataclasses.replace(
+                sampling_metadata,
+                temperature=torch.where(temperatures.isnan(), fixed, temperatures),
+                all_greedy=False,
+                all_random=False,
+            )
+        return super().sample(logits, sampling_metadata, *args, **kwargs)
+
+
+class AdaptiveRunnerV1(_Stock):
+    """Mixed into vLLM's V1 model runner."""
+
+    def load_heads(self, heads: dict[str, LoadedHead]) -> None:
+        """Exchange the sampler.
+
+        Raises:
+            UnsupportedError: this is not a CPU, or the sampler is not vLLM's own.
+        """
+        if self.device.type != "cpu":
+            raise UnsupportedError(
+                "on a GPU adaptive temperatures need vLLM's V2 model runner: "
+                "set VLLM_USE_V2_MODEL_RUNNER=1, or leave out the option that switches it off"
+            )
+        if type(self.sampler) is not Sampler:
+            raise UnsupportedError(
+                f"adaptive temperatures need vLLM's own sampler, found {type(self.sampler)}"
+            )
+        self._heads = heads
+        self._slots: dict[str, int] = {}
+        self._free_slots: list[int] = []
+        self._selector = TemperatureSelector(
+            {name: head.network for name, head in heads.items()}, 1, self.device
+        )
+        self.sampler = AdaptiveSamplerV1(self.sampler, self._selector)
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        # A preempted request keeps its slot, and so its choice, until it finishes.
+        for req_id in scheduler_output.finished_req_ids:
+            self._release_slot(req_id)
+        for request in scheduler_output.scheduled_new_reqs:
+            self._release_slot(request.req_id)
+            options = request.sampling_params and read_options(request.sampling_params, self._heads)
+            if options:
+                slot = self._slots[request.req_id] = self._acquire_slot()
+                self._selector.add(slot, options, request.sampling_params.seed)
+                self._selector.flush()
+                self._selector.start_phase(slot, request.prompt_token_ids or [])
+        return super()._update_states(scheduler_output)
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+        state = self.execute_model_state
+        is_adaptive = state is not None and any(
+            req_id in self._slots for req_id in self.input_batch.req_ids
+        )
+        if not is_adaptive:
+            return super().sample_tokens(grammar_output)
+        try:
+            self.sampler.step = self._prepare_step(state.sample_hidden_states)
+            output = super().sample_tokens(grammar_output)
+            output.sampling_masks = ChoiceLists(to_micro(self.sampler.temperatures).numpy())
+        finally:
+            self.sampler.step = self.sampler.temperatures = None
+        return output
+
+    def _prepare_step(self, hidden: torch.Tensor) -> dict[str, Any]:
+        """Describe the batch's rows to the selector; all but the logits."""
+        batch = self.input_batch
+        rows = np.arange(batch.num_reqs)
+        slots_np = np.array([self._slots.get(req_id, ORDINARY_SLOT) for req_id in batch.req_ids])
+        last = batch.num_tokens_no_spec[rows] - 1
+        return {
+            "slots": torch.from_numpy(slots_np),
+            "slots_np": slots_np,
+            "hidden": hidden,
+            "input_ids": torch.from_numpy(batch.token_ids_cpu[rows, last]).long(),
+            "positions": torch.from_numpy(last).long(),
+            "prompt_lens": torch.from_numpy(batch.num_prompt_tokens[rows]).long(),
+            "is_ready": torch.from_numpy(~self.discard_request_mask.np[rows]),
+        }
+
+    def _acquire_slot(self) -> int:
+        # Preempted requests are tracked too, so there is no bound to size the table by.
+        if not self._free_slots:
+            self._free_slots.extend(self._selector.grow())
+        return self._free_slots.pop()
+
+    def _release_slot(self, req_id: str) -> None:
+        if (slot := self._slots.pop(req_id, None)) is not None:
+            self._selector.add(slot, None, None)
+            self._free_slots.append(slot)

@@ -1,0 +1,73 @@
+"""The V2 model runner's share: hidden states in, chosen temperatures out."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+from adaptive_head.checkpoint import LoadedHead
+from adaptive_head.vllm.compat import UnsupportedError, check_parameters
+from adaptive_head.vllm.processor_v2 import AdaptiveTemperature
+
+if TYPE_CHECKING:
+    _Stock = GPUModelRunner
+else:
+    _Stock = object
+
+check_parameters(GPUModelRunner.sample, "self", "hidden_states", "input_batch", "grammar_output")
+check_parameters(GPUModelRunner.add_requests, "self", "scheduler_output")
+check_parameters(GPUModelRunner.finish_requests, "self", "scheduler_output")
+
+
+class AdaptiveRunnerV2(_Stock):
+    """Mixed into vLLM's V2 model runner, on the GPU or the CPU.
+
+    The temperature itself is applied by `AdaptiveTemperature`, a logits processor of vLLM's own
+    interface. Only what that interface leaves out happens here.
+    """
+
+    adaptive: AdaptiveTemperature | None = None
+
+    def load_heads(self, heads: dict[str, LoadedHead]) -> None:
+        """Put our logits processor behind all others. Only the last pipeline rank samples."""
+        if self.sampler is None:
+            return
+        if type(self.sampler) is not Sampler:
+            raise UnsupportedError(
+                f"adaptive temperatures need vLLM's own sampler, found {type(self.sampler)}"
+            )
+        self.adaptive = AdaptiveTemperature(self.req_states, heads)
+        self.sampler.logits_processors.append(self.adaptive)
+
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        super().add_requests(scheduler_output)
+        if self.adaptive is not None:
+            for request in scheduler_output.scheduled_new_reqs:
+                slot = self.req_states.req_id_to_index[request.req_id]
+                self.adaptive.resume(request.req_id, slot, request.prefill_token_ids)
+
+    def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
+        # A preempted request loses its slot here, and with it a choice that must not change.
+        if self.adaptive is not None:
+            for req_id in scheduler_output.preempted_req_ids or ():
+                self.adaptive.park(req_id, self.req_states.req_id_to_index.get(req_id))
+            for req_id in scheduler_output.finished_req_ids:
+                self.adaptive.forget(req_id)
+        super().finish_requests(scheduler_output)
+
+    def sample(
+        self,
+        hidden_states: torch.Tensor,
+        input_batch: InputBatch,
+        grammar_output: GrammarOutput | None,
+    ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+        if self.adaptive is None:
+            return super().sample(hidden_states, input_batch, grammar_output)
+        with self.adaptive.reading(hidden_states, input_batch.logits_indices):
+            result = super().sample(hidden_states, input_batch, grammar_output)
+            result[0].sampling_mask_tensors = self.adaptive.take_choices()
+        return result

@@ -1,0 +1,54 @@
+"""What an operator configures, on its way from the command line to every process of vLLM."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+# The key in vLLM's `--additional-config`, a JSON object that reaches every process.
+CONFIG_KEY = "adaptive"
+
+
+class AdaptiveSettings(BaseModel):
+    """The `adaptive` entry of vLLM's additional config.
+
+    Attributes:
+        heads: folders of the heads, by the name under which requests pick them.
+        default_head: the head of requests that name none; the first if null.
+        adaptive_by_default: whether requests that name no temperature are adaptive.
+        verify_base: whether a head must have been made for exactly the served weights. Off for
+            a quantised copy of the head's base model.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    heads: dict[str, Path] = {}
+    default_head: str | None = None
+    adaptive_by_default: bool = False
+    verify_base: bool = True
+
+    @property
+    def resolved_default_head(self) -> str | None:
+        return self.default_head or next(iter(self.heads), None)
+
+
+def read_settings(additional_config: Any) -> AdaptiveSettings:
+    """The settings in a vLLM config's `additional_config`; defaults where there are none.
+
+    Raises:
+        ValueError: a field is wrong, or `default_head` is not among the heads.
+    """
+    value = additional_config.get(CONFIG_KEY, {}) if isinstance(additional_config, Mapping) else {}
+    try:
+        settings = AdaptiveSettings.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in (CONFIG_KEY, *first["loc"]))
+        raise ValueError(f"--additional-config: {field}: {first['msg']}") from None
+    if settings.default_head is not None and settings.default_head not in settings.heads:
+        raise ValueError(
+            f"--additional-config: {CONFIG_KEY}.default_head: {settings.default_head!r} is not "
+            f"one of the heads ({', '.join(settings.heads) or 'none'})"
+        )
+    return settings

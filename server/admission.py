@@ -1,0 +1,88 @@
+"""Is a request adaptive, and can it be served? Decided here, before the engine sees it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from fastapi import Request
+from vllm.exceptions import VLLMValidationError
+
+from adaptive_head.checkpoint import HeadMetadata
+from adaptive_head.options import AdaptiveRequest, OptionError, resolve_options
+from server.metrics import AdaptiveMetrics
+from server.protocol import ADAPTIVE, AdaptiveFields, invalid_option
+from server.report import Report
+
+# For clients that cannot send a string as temperature: a model's name with this at its end.
+MODEL_SUFFIX = ":adaptive"
+
+
+@dataclass(frozen=True)
+class AdaptiveState:
+    """What the routes need to know; `app.state.adaptive`."""
+
+    heads: Mapping[str, HeadMetadata]
+    default_head: str | None
+    adaptive_by_default: bool
+    served_names: tuple[str, ...]
+    tokenize_marker: Callable[[str], list[int]] | None
+    metrics: AdaptiveMetrics
+
+    @staticmethod
+    def adaptive_name(served_name: str) -> str:
+        """The name under which every request to a served model is adaptive."""
+        return served_name + MODEL_SUFFIX
+
+    def strip_adaptive_name(self, name: str | None) -> str | None:
+        """The served model behind an adaptive name; None for any other name."""
+        if name is None or name in self.served_names:
+            return None
+        stripped = name.removesuffix(MODEL_SUFFIX)
+        return stripped if stripped != name and stripped in self.served_names else None
+
+
+def admit(request: AdaptiveFields, raw_request: Request) -> bool:
+    """Make a request adaptive if it asks for that.
+
+    Returns:
+        Whether it is adaptive; an ordinary request is unchanged.
+
+    Raises:
+        VLLMValidationError: it asks for something that cannot be served (a 400).
+    """
+    state: AdaptiveState = raw_request.app.state.adaptive
+    if not _is_adaptive(request, state):
+        if request.adaptive is not None:
+            raise VLLMValidationError(
+                f'adaptive goes with temperature "adaptive", not {request.temperature}',
+                parameter="temperature",
+            )
+        return False
+    options = request.adaptive or AdaptiveRequest()
+    try:
+        resolved = resolve_options(options, state.heads, state.default_head, state.tokenize_marker)
+    except OptionError as error:
+        raise invalid_option(error) from None
+    if getattr(request, "use_beam_search", False):
+        raise VLLMValidationError(
+            "beam search has no temperature to adapt; leave out use_beam_search",
+            parameter="use_beam_search",
+        )
+    adapters = raw_request.app.state.openai_serving_models.lora_requests
+    if resolved.policy == "head" and request.model in adapters:
+        raise VLLMValidationError(
+            f"the heads were made for the base model, not for the adapter {request.model!r}; "
+            f"ask for {' or '.join(state.served_names)}, or for a policy that needs no head",
+            parameter="model",
+        )
+    num_choices = getattr(request, "n", 1) or 1
+    request.begin_report(Report(resolved, options.report, num_choices, state.metrics))
+    return True
+
+
+def _is_adaptive(request: AdaptiveFields, state: AdaptiveState) -> bool:
+    if (served_name := state.strip_adaptive_name(request.model)) is not None:
+        request.model = served_name
+        return True
+    if request.temperature is None:
+        return request.adaptive is not None or state.adaptive_by_default
+    return request.temperature == ADAPTIVE

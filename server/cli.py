@@ -1,0 +1,212 @@
+"""`adaptive-serve`: vLLM's server, with the options that it takes to choose temperatures."""
+
+import argparse
+import os
+import sys
+from argparse import Namespace
+from importlib import resources
+from pathlib import Path
+
+from adaptive_head.checkpoint import HeadError, load_head
+from adaptive_head.embedded_model import prepare
+from adaptive_head.fingerprint import fingerprint_model
+from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
+from adaptive_head.vllm.settings import CONFIG_KEY, AdaptiveSettings
+
+PLUGIN = "adaptive"
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+CPU_KV_CACHE_BYTES = 2 << 30
+
+DESCRIPTION = """\
+An OpenAI-compatible server that chooses its own temperature: send
+"temperature": "adaptive" where you sent a number.
+
+MODEL is a folder or a Hugging Face name, as for `vllm serve`; without it,
+SmolLM2-135M-Instruct is prepared once and served with the head that ships.
+"""
+EPILOG = """\
+Every option of `vllm serve` is accepted too: `adaptive-serve --help=all` lists them,
+`--help=KEYWORD` those of a section or about a word.
+
+examples:
+  adaptive-serve
+  adaptive-serve Qwen/Qwen3-8B --head heads/qwen3-8b --port 8001
+  adaptive-serve MODEL --head fast=heads/a --head careful=heads/b --default-head careful
+  adaptive-serve MODEL --adaptive-default       no head needed: the policies work without
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options that are ours; everything else is left to vLLM."""
+    parser = argparse.ArgumentParser(
+        "adaptive-serve",
+        usage="adaptive-serve [MODEL] [--head [NAME=]DIR ...] [any option of vllm serve]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument(
+        "--head",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="a head to load; may be given again. Its name is the folder's unless NAME is given",
+    )
+    parser.add_argument(
+        "--default-head", metavar="NAME", help="for requests that name no head (default: the first)"
+    )
+    parser.add_argument(
+        "--adaptive-default",
+        action="store_true",
+        help="requests that name no temperature are adaptive",
+    )
+    parser.add_argument(
+        "--no-verify-base",
+        action="store_true",
+        help="take heads of the right width without comparing the model's weights with those that "
+        "the head was made for; for quantised copies of that model",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line, check what can be checked without an engine, and serve.
+
+    Exits with 2 and one sentence where an option is wrong.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        return
+    ours, vllm_argv = parser.parse_known_args(argv)
+    try:
+        args = prepare_args(ours, vllm_argv)
+    except (HeadError, ValueError, OSError, RuntimeError) as error:
+        parser.exit(2, f"adaptive-serve: {error}\n")
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    ServeSubcommand.cmd(args)
+
+
+def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
+    """vLLM's arguments, with the worker, the scheduler and the heads put in.
+
+    Raises:
+        HeadError: a head cannot be used with this model.
+        ValueError: options contradict each other.
+    """
+    prepare_environment()
+    heads = name_heads(ours.head)
+    args = parse_vllm(vllm_argv)
+    if args.model_tag is None:
+        args.model_tag = str(prepare())
+        args.served_model_name = args.served_model_name or [EMBEDDED_NAME]
+        heads = heads or {"default": shipped_head()}
+    settings = AdaptiveSettings(
+        heads=heads,
+        default_head=ours.default_head,
+        adaptive_by_default=ours.adaptive_default,
+        verify_base=not ours.no_verify_base,
+    )
+    check_heads(settings, Path(args.model_tag))
+    configure(args, settings)
+    return args
+
+
+def prepare_environment() -> None:
+    """Enable the plugin in this process and those it starts. Before vLLM is imported."""
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise ValueError("VLLM_USE_RUST_FRONTEND bypasses the adaptive front end: unset it")
+    plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, PLUGIN]))
+
+
+def parse_vllm(vllm_argv: list[str]) -> Namespace:
+    """Parse the options of `vllm serve`; on a CPU, with defaults that fit one."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="adaptive-serve"))
+    if current_platform.is_cpu():
+        # Compiling takes minutes on a few cores, and bfloat16 without AVX-512 is emulated.
+        parser.set_defaults(enforce_eager=True)
+        if not has_avx512():
+            parser.set_defaults(dtype="float32")
+        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            parser.set_defaults(kv_cache_memory_bytes=CPU_KV_CACHE_BYTES)
+    args = parser.parse_args(vllm_argv)
+    validate_parsed_serve_args(args)
+    return args
+
+
+def has_avx512() -> bool:
+    """Whether this CPU has fast kernels for bfloat16."""
+    import torch
+
+    return "avx512" in torch.backends.cpu.get_cpu_capability().lower()
+
+
+def name_heads(specifications: list[str]) -> dict[str, Path]:
+    """Heads by name, from `[NAME=]DIR`.
+
+    Raises:
+        ValueError: two heads have the same name.
+    """
+    heads: dict[str, Path] = {}
+    for specification in specifications:
+        name, equals, folder = specification.partition("=")
+        path = Path(folder if equals else specification).expanduser().resolve()
+        name = name if equals else path.name
+        if not name or name in heads:
+            raise ValueError(f"--head {specification}: name it apart, with NAME=DIR")
+        heads[name] = path
+    return heads
+
+
+def shipped_head() -> Path:
+    """The head for the embedded model."""
+    return Path(str(resources.files("adaptive_head") / "heads" / "default"))
+
+
+def check_heads(settings: AdaptiveSettings, model: Path) -> None:
+    """Find a wrong head now rather than after the engine's start.
+
+    The engine checks again; what only it can know (a model from the hub) is left to it.
+    """
+    if settings.default_head is not None and settings.default_head not in settings.heads:
+        raise ValueError(
+            f"--default-head {settings.default_head}: not one of the heads "
+            f"({', '.join(settings.heads) or 'none'})"
+        )
+    is_verified = settings.verify_base and settings.heads and model.is_dir()
+    fingerprint = fingerprint_model(model) if is_verified else None
+    for folder in settings.heads.values():
+        load_head(folder, fingerprint=fingerprint)
+
+
+def configure(args: Namespace, settings: AdaptiveSettings) -> None:
+    """Put our worker, our scheduler and the settings among vLLM's arguments.
+
+    Raises:
+        ValueError: the user has given one of them another value.
+    """
+    if args.worker_cls not in ("auto", WORKER_CLS):
+        raise ValueError(f"--worker-cls {args.worker_cls}: adaptive-serve brings its own worker")
+    if args.scheduler_cls not in (None, SCHEDULER_CLS):
+        raise ValueError(f"--scheduler-cls {args.scheduler_cls}: adaptive-serve brings its own")
+    additional = dict(args.additional_config or {})
+    if CONFIG_KEY in additional:
+        raise ValueError(f"--additional-config: give {CONFIG_KEY} as --head and its neighbours")
+    args.worker_cls = WORKER_CLS
+    args.scheduler_cls = SCHEDULER_CLS
+    args.additional_config = additional | {CONFIG_KEY: settings.model_dump(mode="json")}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The endpoint plugin that vLLM loads into its API process."""
+
+from argparse import Namespace
+from functools import partial
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.logger import init_logger
+
+from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
+from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
+from adaptive_head.vllm.heads import load_heads
+from adaptive_head.vllm.settings import read_settings
+from server.admission import AdaptiveState
+from server.engine_proxy import EngineProxy
+from server.metrics import AdaptiveMetrics
+from server.protocol import AdaptiveFields
+from server.routes import make_router
+
+# A custom vLLM logger name must start with "vllm" for its configuration to apply.
+logger = init_logger("vllm.adaptive")
+
+
+class AdaptiveServingResponses(OpenAIServingResponses):
+    """vLLM's handler for responses, whose finished ones say what their temperatures were.
+
+    An override and not a wrapper: stored and background responses never pass through a route.
+    """
+
+    async def responses_full_generator(
+        self, request, *args, **kwargs
+    ) -> ErrorResponse | ResponsesResponse:
+        response = await super().responses_full_generator(request, *args, **kwargs)
+        report = request.report if isinstance(request, AdaptiveFields) else None
+        is_described = report is not None and report.detail != "none"
+        if is_described and isinstance(response, ResponsesResponse):
+            response.adaptive = report[0].describe()
+        return response
+
+
+class AdaptiveEndpoints:
+    """Implements vLLM's `EndpointPlugin`; enabled by `VLLM_PLUGINS=adaptive`."""
+
+    name = "adaptive"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Register the routes; vLLM lets them replace its own of the same path."""
+        app.include_router(make_router())
+
+    async def init_state(self, engine_client: EngineClient, state: State, args: Namespace) -> None:
+        """Prepare the routes' state, once the engine is up.
+
+        Raises:
+            UnsupportedError: the engine was started without our worker or scheduler.
+            HeadError: a head is damaged, or was made for another model.
+        """
+        config = engine_client.vllm_config
+        require_engine_side(
+            config.parallel_config.worker_cls, config.scheduler_config.scheduler_cls
+        )
+        refuse_unsupported(config)
+        settings = read_settings(config.additional_config)
+        loaded = load_heads(settings, config.model_config)
+        heads = {name: head.metadata for name, head in loaded.items()}
+        served_names = tuple(path.name for path in state.openai_serving_models.base_model_paths)
+        tokenizer = getattr(engine_client.renderer, "tokenizer", None)
+        state.adaptive = AdaptiveState(
+            heads=heads,
+            default_head=settings.resolved_default_head,
+            adaptive_by_default=settings.adaptive_by_default,
+            served_names=served_names,
+            tokenize_marker=tokenizer and partial(tokenizer.encode, add_special_tokens=False),
+            metrics=AdaptiveMetrics(served_names[0], heads),
+        )
+        proxy = EngineProxy(engine_client)
+        state.openai_serving_chat.engine_client = proxy
+        state.openai_serving_completion.engine_client = proxy
+        state.openai_serving_responses.engine_client = proxy
+        state.openai_serving_responses.__class__ = AdaptiveServingResponses
+        announce(state.adaptive, args)
+
+
+def require_engine_side(worker_cls: object, scheduler_cls: object) -> None:
+    """Refuse to answer for an engine that would ignore adaptive options.
+
+    Raises:
+        UnsupportedError: names the missing option.
+    """
+    for option, found, wanted in (
+        ("--worker-cls", worker_cls, WORKER_CLS),
+        ("--scheduler-cls", scheduler_cls, SCHEDULER_CLS),
+    ):
+        if found != wanted:
+            raise UnsupportedError(
+                f"the adaptive plugin needs {option} {wanted}, found {found}; "
+                "start with adaptive-serve, or add the option"
+            )
+
+
+def announce(state: AdaptiveState, args: Namespace) -> None:
+    """Say in a few lines what is served, where, with which heads."""
+    name = state.served_names[0]
+    url = f"http://{args.host or '0.0.0.0'}:{args.port}/v1"
+    default = "adaptive" if state.adaptive_by_default else "the model's default"
+    lines = [
+        f"adaptive temperatures for {name}",
+        f'  at      {url} (temperature: "adaptive", or model "{state.adaptive_name(name)}")',
+        f"  default {default}, where a request names no temperature",
+    ]
+    for head_name, head in state.heads.items():
+        is_default = ", default" if head_name == state.default_head else ""
+        trained = "trained" if head.trained else "UNTRAINED: near-uniform, shows the path only"
+        temperatures = " ".join(f"{value:g}" for value in head.temperatures)
+        lines.append(f"  head    {head_name} ({head.level}{is_default}) [{temperatures}] {trained}")
+    if not state.heads:
+        lines.append("  heads   none; the learning-free policies work without")
+    for line in lines:
+        logger.info("%s", line)

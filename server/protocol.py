@@ -1,0 +1,109 @@
+"""Requests as clients send them: vLLM's own, with `temperature: "adaptive"` and `adaptive`."""
+
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, PrivateAttr, model_validator
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from adaptive_head.options import EXTRA_ARGS_KEY, AdaptiveRequest, OptionError, parse_request
+from server.report import Report
+
+ADAPTIVE = "adaptive"
+
+
+class AdaptiveFields(BaseModel):
+    """The two fields, and how they reach the engine. Mixed into each of vLLM's requests."""
+
+    temperature: float | Literal["adaptive"] | None = Field(
+        default=None,
+        description='A number, "adaptive" to let the model choose, or null for the default.',
+    )
+    adaptive: AdaptiveRequest | None = Field(
+        default=None, description='How to choose, with temperature "adaptive".'
+    )
+    _report: Report | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_adaptive(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            _check_temperature(data.get("temperature"))
+            if data.get("adaptive") is not None:
+                _check_options(data["adaptive"])
+            if EXTRA_ARGS_KEY in (data.get("vllm_xargs") or ()):
+                raise VLLMValidationError(
+                    "use the request's own field `adaptive`",
+                    parameter=f"vllm_xargs.{EXTRA_ARGS_KEY}",
+                )
+        return data
+
+    def begin_report(self, report: Report) -> None:
+        """Make the request adaptive. Its own temperature becomes 1, which vLLM leaves alone."""
+        self._report = report
+        self.temperature = 1.0
+
+    @property
+    def report(self) -> Report | None:
+        """What will be said of the answer's temperatures; None for an ordinary request."""
+        return self._report
+
+    def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
+        """vLLM's conversion, once a prompt; an adaptive request's parameters carry its report."""
+        params: SamplingParams = super().to_sampling_params(*args, **kwargs)  # type: ignore[misc]
+        if self._report is not None:
+            params.extra_args = {
+                **(params.extra_args or {}),
+                EXTRA_ARGS_KEY: self._report.begin_prompt(),
+            }
+        return params
+
+
+class AdaptiveChatCompletionRequest(AdaptiveFields, ChatCompletionRequest):
+    """`/v1/chat/completions`"""
+
+    field_names = None
+
+
+class AdaptiveCompletionRequest(AdaptiveFields, CompletionRequest):
+    """`/v1/completions`"""
+
+    field_names = None
+
+
+class AdaptiveResponsesRequest(AdaptiveFields, ResponsesRequest):
+    """`/v1/responses`"""
+
+    field_names = None
+
+
+def _check_temperature(value: Any) -> None:
+    if value is None or value == ADAPTIVE:
+        return
+    try:
+        # As vLLM does, take a number that comes as a string.
+        is_number = not isinstance(value, bool | list | dict) and math.isfinite(float(value))
+    except (ValueError, OverflowError):
+        is_number = False
+    if not is_number:
+        raise VLLMValidationError(
+            f'temperature must be a finite number, "adaptive" or null, got {value!r:.80}',
+            parameter="temperature",
+        )
+
+
+def _check_options(value: Any) -> None:
+    try:
+        parse_request(value)
+    except OptionError as error:
+        raise invalid_option(error) from None
+
+
+def invalid_option(error: OptionError) -> VLLMValidationError:
+    """The 400 for an option that cannot be served; `param` is its path in the body."""
+    path = ".".join(filter(None, (ADAPTIVE, error.field)))
+    return VLLMValidationError(f"{path}: {error}", parameter=path)

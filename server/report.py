@@ -1,0 +1,178 @@
+"""What an answer says of its temperatures, gathered while the engine generates it."""
+
+from collections.abc import Iterator
+from typing import Any, SupportsIndex
+
+from vllm.outputs import CompletionOutput, RequestOutput
+
+from adaptive_head.options import Options, ReportDetail
+from adaptive_head.selector import MICRO
+from adaptive_head.vllm.choices import take_choices
+from server.metrics import AdaptiveMetrics
+
+# Temperatures of these policies are continuous; an exact histogram would have a key a token.
+_ROUNDED_POLICIES = ("entropy", "schedule")
+_MAX_UNCOUNTED_TOKENS = 32
+
+
+class ChoiceReport:
+    """The temperatures of one answer (one `choice` of a response)."""
+
+    def __init__(self, options: Options, detail: ReportDetail) -> None:
+        self._options = options
+        self._detail = detail
+        self._num_tokens: dict[int, int] = {}
+        self._micros: list[int] = []
+        self._num_sent = 0
+        self._num_ready = 0
+
+    def add(self, micros: list[int]) -> None:
+        """Tokens have been generated, at these temperatures (millionths)."""
+        for micro in micros:
+            self._num_tokens[micro] = self._num_tokens.get(micro, 0) + 1
+        if self._detail == "tokens":
+            self._micros += micros
+
+    def mark_ready(self, num_tokens: int) -> None:
+        """The response is being built from this many more tokens."""
+        self._num_ready += num_tokens
+
+    @property
+    def mean(self) -> float | None:
+        """Mean temperature so far; None before the first token."""
+        total = sum(self._num_tokens.values())
+        if not total:
+            return None
+        return sum(micro * count for micro, count in self._num_tokens.items()) / total / MICRO
+
+    def take_ready(self) -> list[float]:
+        """Temperatures of the tokens that are in the response and not yet reported."""
+        micros = self._micros[self._num_sent : self._num_ready]
+        self._num_sent = self._num_ready
+        return [micro / MICRO for micro in micros]
+
+    def summarise(self) -> dict[str, Any]:
+        """The `adaptive` object of a finished answer, without its per-token list."""
+        used = sorted(self._num_tokens)
+        return {
+            "policy": self._options.policy,
+            "head": self._options.name if self._options.policy == "head" else None,
+            "level": self._options.level,
+            "tokens": sum(self._num_tokens.values()),
+            "mean": None if self.mean is None else round(self.mean, 6),
+            "min": used[0] / MICRO if used else None,
+            "max": used[-1] / MICRO if used else None,
+            "histogram": self._bin(used),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """The `adaptive` object of a whole answer."""
+        summary = self.summarise()
+        if self._detail == "tokens":
+            summary["temperatures"] = [micro / MICRO for micro in self._micros]
+        return summary
+
+    def _bin(self, used: list[int]) -> dict[str, int]:
+        histogram: dict[str, int] = {}
+        for micro in used:
+            value = micro / MICRO
+            if self._options.policy in _ROUNDED_POLICIES:
+                value = round(value, 1)
+            key = f"{value:g}"
+            histogram[key] = histogram.get(key, 0) + self._num_tokens[micro]
+        return histogram
+
+
+class Report:
+    """The temperatures of a whole response: `num_choices` answers for each of its prompts."""
+
+    def __init__(
+        self,
+        options: Options,
+        detail: ReportDetail,
+        num_choices: int,
+        metrics: AdaptiveMetrics,
+    ) -> None:
+        self.options = options
+        self.detail = detail
+        self._num_choices = num_choices
+        self._metrics = metrics
+        self._choices: list[ChoiceReport] = []
+
+    def begin_prompt(self) -> "PromptReport":
+        """The next prompt of the request is about to be generated."""
+        choices = [ChoiceReport(self.options, self.detail) for _ in range(self._num_choices)]
+        self._choices += choices
+        return PromptReport(self.options, choices, self._metrics)
+
+    def __getitem__(self, index: int) -> ChoiceReport:
+        """The report of the response's choice `index`."""
+        return self._choices[index]
+
+
+class PromptReport:
+    """Reads the engine's outputs for one prompt. It travels to `EngineProxy` with the prompt's
+    sampling parameters, which is what ties an output to the response it belongs to."""
+
+    def __init__(
+        self, options: Options, choices: list[ChoiceReport], metrics: AdaptiveMetrics
+    ) -> None:
+        self.options = options
+        self._choices = choices
+        self._metrics = metrics
+        self._uncounted: dict[int, int] = {}
+        self._num_uncounted = 0
+
+    def begin(self) -> None:
+        """The prompt is handed to the engine."""
+        self._metrics.count_request(self.options)
+
+    def read(self, output: RequestOutput) -> None:
+        """Take the temperatures off an output, count them, and remember them."""
+        lens = []
+        for completion in output.outputs:
+            micros = take_choices(completion) or []
+            assert len(micros) == len(completion.token_ids)
+            choice = self._choices[completion.index]
+            choice.add(micros)
+            lens.append(len(micros))
+            for micro in micros:
+                self._uncounted[micro] = self._uncounted.get(micro, 0) + 1
+            self._num_uncounted += len(micros)
+            if completion.finish_reason is not None and choice.mean is not None:
+                self._metrics.count_answer(self.options, choice.mean)
+        if self._num_uncounted >= _MAX_UNCOUNTED_TOKENS or output.finished:
+            self.flush()
+        output.outputs = _Outputs(output.outputs, lens, self._choices)
+
+    def flush(self) -> None:
+        """Move what has been counted into the metrics."""
+        if self._uncounted:
+            self._metrics.count_tokens(self.options, self._uncounted)
+            self._uncounted = {}
+            self._num_uncounted = 0
+
+
+class _Outputs(list[CompletionOutput]):
+    """Outputs that note when a response is built from them.
+
+    vLLM's merging of several prompts reads one output ahead of the chunk that is being sent, so
+    that the arrival of a token says nothing about the chunk it will be in; its use does.
+    """
+
+    def __init__(
+        self, outputs: list[CompletionOutput], lens: list[int], choices: list[ChoiceReport]
+    ) -> None:
+        super().__init__(outputs)
+        self._lens = lens
+        self._choices = choices
+
+    def __iter__(self) -> Iterator[CompletionOutput]:
+        for position in range(len(self)):
+            yield self[position]
+
+    def __getitem__(self, position: SupportsIndex) -> CompletionOutput:  # type: ignore[override]
+        output = super().__getitem__(position)
+        num_tokens, self._lens[position] = self._lens[position], 0
+        self._choices[output.index].mark_ready(num_tokens)
+        return output

@@ -1,0 +1,67 @@
+"""Writes temperatures into the chunks of a streamed response."""
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+
+from server.report import Report
+
+_PREFIX = "data: "
+# An unescaped quote cannot occur inside a JSON string, so this is a key with a text value.
+_FINISHED = '"finish_reason":"'
+
+
+async def write_chunks(
+    chunks: AsyncGenerator[str, None], report: Report, *, show_tokens: bool
+) -> AsyncGenerator[str, None]:
+    """Add to the chunks of a chat or completion stream what their tokens' temperatures were.
+
+    Args:
+        chunks: server-sent events of vLLM's stream.
+        show_tokens: whether each chunk lists the temperatures of its tokens; the chunk that ends
+            a choice always has its summary.
+    """
+    async for chunk in chunks:
+        if show_tokens or _FINISHED in chunk:
+            chunk = _write_chunk(chunk, report, show_tokens)
+        yield chunk
+
+
+def _write_chunk(chunk: str, report: Report, show_tokens: bool) -> str:
+    if not chunk.startswith(_PREFIX + "{"):
+        return chunk
+    content = msgspec.json.decode(chunk[len(_PREFIX) :])
+    # Every chunk of vLLM's has one choice, but for the one with the usage and for errors.
+    is_changed = False
+    for choice in content.get("choices") or ():
+        adaptive = _describe_chunk(choice, report, show_tokens)
+        if adaptive:
+            choice["adaptive"] = adaptive
+            is_changed = True
+    if not is_changed:
+        return chunk
+    return f"{_PREFIX}{msgspec.json.encode(content).decode()}\n\n"
+
+
+def _describe_chunk(choice: dict[str, Any], report: Report, show_tokens: bool) -> dict[str, Any]:
+    choice_report = report[choice["index"]]
+    is_finished = choice.get("finish_reason") is not None
+    adaptive = choice_report.summarise() if is_finished else {}
+    if show_tokens and (temperatures := choice_report.take_ready()):
+        adaptive["temperatures"] = temperatures
+    return adaptive
+
+
+async def write_events(
+    events: AsyncGenerator[Any, None], report: Report, *, show_tokens: bool
+) -> AsyncGenerator[Any, None]:
+    """The same for the events of the Responses API, which are still objects here.
+
+    The delta events list the temperatures; the summary is on the completed response.
+    """
+    async for event in events:
+        if show_tokens and event.type.endswith(".delta"):
+            if temperatures := report[0].take_ready():
+                event.adaptive = {"temperatures": temperatures}
+        yield event

@@ -1,0 +1,116 @@
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from adaptive_head import AdaptiveHead, HeadConfig, load_head, save_head
+from adaptive_head.checkpoint import BaseModelIdentity
+from adaptive_head.fingerprint import fingerprint_model
+from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
+from tests.engine.tiny_model import HIDDEN_SIZE, make_tiny_model
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+INTERPRETED = HERE / "interpreted_triton"
+TEMPERATURES = (0.0, 0.3, 0.7, 1.1, 1.6)
+
+WORKERS = {
+    ("v1", "adaptive"): WORKER_CLS,
+    ("v1", "stock"): "auto",
+    ("v2", "adaptive"): "v2_worker.AdaptiveWorker",
+    ("v2", "stock"): "v2_worker.StockWorker",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.engine)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def heads(tmp_path_factory, tiny_model) -> dict[str, Path]:
+    """A head a level, with opinions strong enough that ties do not matter."""
+    folder = tmp_path_factory.mktemp("heads")
+    identity = BaseModelIdentity(name="tiny", fingerprint=fingerprint_model(tiny_model))
+    for seed, (name, level) in enumerate([("tok", "token"), ("seq", "sequence")]):
+        network = AdaptiveHead(HeadConfig(HIDDEN_SIZE, TEMPERATURES, (32, 32)), seed=seed)
+        with torch.no_grad():
+            for layer in network.layers:
+                layer.weight *= 3
+            network.layers[-1].weight *= 100
+        save_head(folder / name, network, level=level, base_model=identity, trained=False)
+    return {name: folder / name for name in ("tok", "seq")}
+
+
+@pytest.fixture(scope="session")
+def networks(heads) -> dict[str, AdaptiveHead]:
+    return {name: load_head(folder).network for name, folder in heads.items()}
+
+
+@pytest.fixture(scope="session")
+def run_engine(tiny_model, heads, tmp_path_factory):
+    """Runs batches of requests through a tiny engine, once for each configuration."""
+
+    @cache
+    def run(runner: str, worker: str, batches: str, **engine) -> dict:
+        config = {
+            "model": str(tiny_model),
+            "skip_tokenizer_init": True,
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 256,
+            "max_num_seqs": 16,
+            "block_size": 32,
+            "kv_cache_memory_bytes": 1 << 26,
+            "disable_log_stats": False,
+            "worker_cls": WORKERS[runner, worker],
+            **engine,
+        }
+        if worker == "adaptive":
+            paths = {name: str(folder) for name, folder in heads.items()}
+            config["scheduler_cls"] = SCHEDULER_CLS
+            config["additional_config"] = {"adaptive": {"heads": paths}}
+        result = tmp_path_factory.mktemp("result") / "result.json"
+        process = subprocess.run(
+            [sys.executable, "-m", "tests.engine.scenario", str(result)],
+            input=json.dumps({"engine": config, "batches": json.loads(batches)}),
+            env=make_environment(runner),
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+        )
+        assert process.returncode == 0, find_cause(process.stderr)
+        return json.loads(result.read_text())
+
+    return lambda runner, worker, batches, **engine: run(
+        runner, worker, json.dumps(batches), **engine
+    )
+
+
+def make_environment(runner: str) -> dict[str, str]:
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
+    if runner == "v2":
+        paths = [str(INTERPRETED), environment.get("PYTHONPATH", "")]
+        environment |= {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "TRITON_INTERPRET": "1",
+            "VLLM_USE_V2_MODEL_RUNNER": "1",
+        }
+    return environment
+
+
+def find_cause(stderr: str) -> str:
+    """The lines that name the error: vLLM prints the tracebacks of three processes around it."""
+    lines = [line for line in stderr.splitlines() if "Error" in line]
+    return "\n".join(lines[:20]) or stderr[-4000:]

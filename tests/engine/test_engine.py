@@ -1,0 +1,233 @@
+"""The plugin inside vLLM, under both model runners, against transformers and stock vLLM.
+
+V2 runs on the CPU through Triton's interpreter; see interpreted_triton/.
+"""
+
+import math
+
+import pytest
+import torch
+
+from adaptive_head.options import AdaptiveRequest, Options, resolve_options
+from adaptive_head.policies import EDT_BASE
+from tests.engine.conftest import TEMPERATURES
+from tests.engine.tiny_model import VOCAB_SIZE, last_hidden_states
+
+RUNNERS = ("v1", "v2")
+PROMPTS = [[(7 * i + 3 * j + 5) % VOCAB_SIZE for j in range(9 + 11 * i)] for i in range(6)]
+MARKER, START = 77, 78
+
+
+class _Level:
+    def __init__(self, level):
+        self.level = level
+
+
+HEADS = {"tok": _Level("token"), "seq": _Level("sequence")}
+
+
+def tokenize(marker):
+    return {"</think>": [MARKER], "<think>": [START]}[marker]
+
+
+def options_of(**fields) -> Options:
+    return resolve_options(AdaptiveRequest(**fields), HEADS, "tok", tokenize)
+
+
+def adaptive(prompt, seed=1, options=None, **params) -> dict:
+    extra = options_of(**(options or {})).to_extra_args()
+    defaults = {"temperature": 1.0, "max_tokens": 12, "ignore_eos": True, "seed": seed}
+    return {"prompt": prompt, "params": defaults | params | {"extra_args": extra}}
+
+
+def ordinary(prompt, seed=1, **params) -> dict:
+    defaults = {"temperature": 0.7, "max_tokens": 12, "ignore_eos": True, "seed": seed}
+    return {"prompt": prompt, "params": defaults | params}
+
+
+POLICIES = [
+    {"policy": "head", "head": "tok"},
+    {"policy": "head", "head": "seq"},
+    {"policy": "head", "head": "tok", "scale": 0.5, "min": 0.2, "max": 0.6},
+    {"policy": "entropy", "entropy": {"t0": 1.2, "theta": 0.8}},
+    {"policy": "schedule", "schedule": {"start": 1.0, "end": 0.2, "tokens": 8}},
+    {"policy": "constant", "constant": {"temperature": 0.5}},
+    {"policy": "constant", "constant": {"temperature": 0.0}},
+]
+ORDINARY = [
+    ordinary(PROMPTS[0]),
+    ordinary(PROMPTS[1], temperature=0.0),
+    ordinary(PROMPTS[2], temperature=1.0),
+    ordinary(PROMPTS[3], top_p=0.9, top_k=40, min_p=0.05, logprobs=2),
+    ordinary(PROMPTS[4], repetition_penalty=1.3, presence_penalty=0.4, logit_bias={"9": 4.0}),
+    ordinary(PROMPTS[5], n=2),
+]
+MIXED = [
+    request
+    for options, prompt in zip(POLICIES, [*PROMPTS, PROMPTS[0]], strict=True)
+    for request in (adaptive(prompt, options=options), ordinary(prompt))
+]
+CHUNKED = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
+
+
+@pytest.fixture(scope="module")
+def model_of(tiny_model):
+    """Hidden states and logits for the tokens that an answer was sampled from."""
+    from transformers import LlamaForCausalLM
+
+    lm_head = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).lm_head
+
+    def run(prompt, token_ids):
+        hidden = last_hidden_states(tiny_model, prompt + token_ids)[len(prompt) - 1 : -1]
+        with torch.inference_mode():
+            return hidden, lm_head(hidden)
+
+    return run
+
+
+def expect_micros(options, hidden, logits, networks) -> list[float]:
+    """What each token's temperature must have been, one token at a time in plain Python."""
+    chosen = []
+    for position, (h, row) in enumerate(zip(hidden, logits, strict=True)):
+        if options.policy == "head":
+            if options.level == "sequence" and chosen:
+                chosen.append(chosen[0])
+                continue
+            value = TEMPERATURES[int(networks[options.name](h[None]).argmax())]
+        elif options.policy == "entropy":
+            probabilities = row.double().softmax(-1).tolist()
+            entropy = -sum(p * math.log(p) for p in probabilities if p > 0)
+            value = options.parameters[0] * EDT_BASE ** (options.parameters[1] / entropy)
+        elif options.policy == "schedule":
+            start, end, tokens = options.parameters
+            value = start + (end - start) * min(position / tokens, 1.0)
+        else:
+            value = options.parameters[0]
+        chosen.append(min(max(value * options.scale, options.min), options.max))
+    return [round(value * 1e6) for value in chosen]
+
+
+def assert_aligned(request, answer, model_of, networks):
+    options = Options.from_extra_args(request["params"].get("extra_args"))
+    if options is None:
+        assert answer["micros"] is None
+        return
+    assert len(answer["micros"]) == len(answer["token_ids"])
+    hidden, logits = model_of(request["prompt"], answer["token_ids"])
+    expected = expect_micros(options, hidden, logits, networks)
+    assert answer["micros"] == pytest.approx(expected, abs=20)
+    is_plain = not request["params"].keys() & {"repetition_penalty", "logit_bias"}
+    for micro, token, row in zip(answer["micros"], answer["token_ids"], logits, strict=True):
+        if micro == 0 and is_plain:
+            assert token == int(row.argmax())
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_every_policy_in_one_batch_is_aligned(runner, run_engine, model_of, networks):
+    result = run_engine(runner, "adaptive", [ORDINARY, MIXED])
+    for request, answers in zip(MIXED, result["answers"][1], strict=True):
+        for answer in answers:
+            assert_aligned(request, answer, model_of, networks)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_ordinary_requests_are_bit_for_bit_those_of_stock_vllm(runner, run_engine):
+    ours = run_engine(runner, "adaptive", [ORDINARY, MIXED])
+    stock = run_engine(runner, "stock", [ORDINARY])
+    assert ours["answers"][0] == stock["answers"][0]
+    alone = stock["answers"][0][0]
+    assert ours["answers"][1][1] == alone, "an ordinary request changes beside adaptive ones"
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_chunked_prefill_n_stop_logprobs_and_constraints(runner, run_engine, model_of, networks):
+    batch = [
+        adaptive(PROMPTS[5]),
+        adaptive(PROMPTS[5], options={"head": "seq"}),
+        adaptive(PROMPTS[4], n=3, options={"head": "seq"}),
+        adaptive(PROMPTS[3], n=2, logprobs=1),
+        adaptive(PROMPTS[2], top_k=20, top_p=0.9, min_p=0.02),
+        adaptive(PROMPTS[1], repetition_penalty=1.2, logit_bias={"11": 3.0}),
+        adaptive(PROMPTS[0], stop_token_ids=list(range(0, VOCAB_SIZE, 3))),
+        ordinary(PROMPTS[2]),
+    ]
+    result = run_engine(runner, "adaptive", [batch], **CHUNKED)
+    for request, answers in zip(batch, result["answers"][0], strict=True):
+        for answer in answers:
+            assert_aligned(request, answer, model_of, networks)
+    stopped = result["answers"][0][6][0]
+    assert stopped["finish_reason"] == "stop" and len(stopped["token_ids"]) < 12
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_choices_survive_preemption(runner, run_engine, model_of, networks):
+    batch = [
+        adaptive(prompt, seed=seed, max_tokens=70, options={"head": head})
+        for seed, prompt in enumerate(PROMPTS[:4])
+        for head in ("tok", "seq")
+    ]
+    result = run_engine(runner, "adaptive", [batch], num_gpu_blocks_override=14)
+    assert result["num_preemptions"] > 3
+    for request, answers in zip(batch, result["answers"][0], strict=True):
+        assert_aligned(request, answers[0], model_of, networks)
+        if request["params"]["extra_args"]["adaptive"]["name"] == "seq":
+            assert len(set(answers[0]["micros"])) == 1
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_processed_logprobs_are_those_of_each_tokens_own_temperature(runner, run_engine, model_of):
+    batch = [adaptive(PROMPTS[3], logprobs=0, options={"min": 0.1}), ordinary(PROMPTS[2])]
+    batch.append(adaptive(PROMPTS[4], logprobs=0, options={"head": "seq", "min": 0.1}))
+    result = run_engine(runner, "adaptive", [batch], logprobs_mode="processed_logprobs")
+    for index in (0, 2):
+        (answer,) = result["answers"][0][index]
+        _, logits = model_of(batch[index]["prompt"], answer["token_ids"])
+        rows = zip(answer["token_ids"], answer["micros"], answer["logprobs"], logits, strict=True)
+        for token, micro, logprobs, row in rows:
+            expected = (row.double() / (micro / 1e6)).log_softmax(-1)[token].item()
+            assert logprobs[str(token)] == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_seeded_selection_does_not_depend_on_the_batch(runner, run_engine):
+    sampled = adaptive(PROMPTS[2], seed=11, options={"select": "sample"})
+    crowd = [adaptive(prompt, seed=3, options={"select": "sample"}) for prompt in PROMPTS]
+    result = run_engine(runner, "adaptive", [[sampled], [*crowd, sampled], [sampled]])
+    alone, together, again = (batch[-1][0] for batch in result["answers"])
+    assert alone["micros"] == together["micros"] == again["micros"]
+    assert alone["token_ids"] == together["token_ids"]
+    assert len(set(alone["micros"])) > 1
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_two_phases_switch_after_the_marker(runner, run_engine):
+    two_phase = {"policy": "two_phase", "two_phase": {"thinking": 1.3, "answer": 0.2}}
+    cases = {
+        "none": PROMPTS[1],
+        "over": [*PROMPTS[1], START, 9, MARKER, 4],
+        "again": [*PROMPTS[1], START, 9, MARKER, 4, START, 5],
+    }
+    # A bias this strong makes the third case below write the marker itself.
+    batch = [adaptive(prompt, options=two_phase, max_tokens=6) for prompt in cases.values()]
+    batch.append(adaptive(PROMPTS[1], options=two_phase, logit_bias={str(MARKER): 100.0}))
+    result = run_engine(runner, "adaptive", [batch], **CHUNKED)
+    none, over, again, written = (answers[0]["micros"] for answers in result["answers"][0])
+    assert set(none) == {1_300_000}
+    assert set(over) == {200_000}
+    assert set(again) == {1_300_000}
+    assert written[0] == 1_300_000 and set(written[1:]) == {200_000}
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_wrong_options_cannot_end_the_engine(runner, run_engine):
+    junk = [
+        {"adaptive": "token"},
+        {"adaptive": {"policy": "head"}},
+        {"adaptive": options_of().to_extra_args()["adaptive"] | {"name": "gone"}},
+        {"other": 1},
+    ]
+    batch = [ordinary(PROMPTS[0], extra_args=value) for value in junk] + [adaptive(PROMPTS[0])]
+    result = run_engine(runner, "adaptive", [batch])
+    answers = [answers[0] for answers in result["answers"][0]]
+    assert all(answer["micros"] is None for answer in answers[:4])
+    assert len(answers[4]["micros"]) == 12

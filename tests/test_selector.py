@@ -1,0 +1,616 @@
+import math
+import random
+from dataclasses import dataclass, field
+from itertools import compress
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptive_head.head import AdaptiveHead, HeadConfig
+from adaptive_head.options import Options
+from adaptive_head.selector import Step, TemperatureSelector, to_micro
+from tests import reference
+
+CPU = torch.device("cpu")
+WIDTH, VOCABULARY = 12, 20
+MARKER, START = 7, 6
+LEVELLED = ("head", "entropy", "constant")
+FIXED = {"deadline": None, "derandomize": True, "database": None}
+
+
+def make_head(temperatures: tuple[float, ...], seed: int) -> AdaptiveHead:
+    """A head that chooses all of its temperatures, unlike an untrained one."""
+    head = AdaptiveHead(HeadConfig(WIDTH, temperatures, (16,)), seed)
+    with torch.no_grad():
+        head.layers[-1].weight.mul_(300)
+    return head
+
+
+HEADS = {
+    "first": make_head((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), seed=1),
+    "second": make_head((0.0, 0.35, 1.2), seed=2),
+}
+
+
+def make_options(policy="constant", name=None, **changes) -> Options:
+    parameters = {
+        "head": (),
+        "entropy": (1.0, 1.0),
+        "schedule": (1.0, 0.3, 8.0),
+        "two_phase": (1.0, 0.3),
+        "constant": (0.7,),
+    }
+    is_two_phase = policy == "two_phase"
+    values = {
+        "level": "token",
+        "select": "argmax",
+        "scale": 1.0,
+        "min": 0.0,
+        "max": 10.0,
+        "parameters": parameters[policy],
+        "marker_token_id": MARKER if is_two_phase else -1,
+        "start_token_id": START if is_two_phase else -1,
+    }
+    return Options(policy=policy, name=name or policy, **values | changes)
+
+
+@dataclass
+class Request:
+    """A request as the reference sees it: no slots, no tensors, nothing kept but one choice."""
+
+    options: Options | None
+    seed: int
+    tokens: list[int]
+    prompt_len: int
+    num_computed: int = 0
+    chosen: float | None = None
+
+
+@dataclass
+class Row:
+    """What a request shows in one step."""
+
+    request: Request
+    slot: int
+    position: int
+    is_ready: bool = True
+    hidden: np.ndarray = field(default_factory=lambda: np.zeros(WIDTH, dtype=np.float32))
+    logits: np.ndarray = field(default_factory=lambda: np.zeros(VOCABULARY, dtype=np.float32))
+
+
+def slow_temperature(row: Row) -> float:
+    """One row's temperature, NaN for an ordinary request."""
+    options, request = row.request.options, row.request
+    if options is None:
+        return math.nan
+    if request.chosen is not None:
+        return request.chosen
+    scaled = slow_policy(row, options) * options.scale
+    temperature = round(min(max(scaled, options.min), options.max) * 1e6) / 1e6
+    if options.level == "sequence" and row.is_ready:
+        request.chosen = temperature
+    return temperature
+
+
+def slow_policy(row: Row, options: Options) -> float:
+    request = row.request
+    match options.policy:
+        case "head":
+            head = HEADS[options.name]
+            scores = reference.mlp(head.state_dict(), row.hidden).tolist()
+            if options.select == "sample":
+                scores = [
+                    score + reference.gumbel(request.seed, row.position, choice)
+                    for choice, score in enumerate(scores)
+                ]
+            return head.config.temperatures[scores.index(max(scores))]
+        case "entropy":
+            return reference.entropy_temperature(row.logits.tolist(), *options.parameters)
+        case "schedule":
+            num_generated = max(row.position + 1 - request.prompt_len, 0)
+            return reference.schedule_temperature(num_generated, *options.parameters)
+        case "two_phase":
+            return options.parameters[is_thinking_over(request.tokens[: row.position + 1])]
+        case "constant":
+            return options.parameters[0]
+
+
+def is_thinking_over(tokens: list[int]) -> bool:
+    is_over = False
+    for token in tokens:
+        is_over = (is_over or token == MARKER) and token != START
+    return is_over
+
+
+def make_step(rows: list[Row]) -> Step:
+    slots_np = np.array([row.slot for row in rows])
+    return Step(
+        slots=torch.from_numpy(slots_np),
+        slots_np=slots_np,
+        hidden=torch.from_numpy(np.stack([row.hidden for row in rows])),
+        logits=torch.from_numpy(np.stack([row.logits for row in rows])),
+        input_ids=torch.tensor([row.request.tokens[row.position] for row in rows]),
+        positions=torch.tensor([row.position for row in rows]),
+        prompt_lens=torch.tensor([row.request.prompt_len for row in rows]),
+        is_ready=torch.tensor([row.is_ready for row in rows]),
+    )
+
+
+def add(selector: TemperatureSelector, slot: int, options: Options | None, **kwargs) -> Row:
+    """Put a request into a slot; returns the row of its last prompt token."""
+    tokens = kwargs.get("tokens", [1, 2, 3])
+    request = Request(options, kwargs.get("seed", 0), tokens, prompt_len=len(tokens))
+    selector.add(slot, options, request.seed)
+    selector.flush()
+    selector.start_phase(slot, tokens)
+    return Row(request, slot, position=len(tokens) - 1)
+
+
+def generate(row: Row, token: int) -> Row:
+    """The request's row in the step after it has generated a token."""
+    row.request.tokens.append(token)
+    return Row(row.request, row.slot, row.position + 1)
+
+
+def select(selector: TemperatureSelector, *rows: Row) -> list[float]:
+    temperatures = selector.select(make_step(list(rows)))
+    assert temperatures is not None
+    return temperatures.tolist()
+
+
+def approximately(values):
+    return pytest.approx(values, rel=1e-4, abs=2e-6, nan_ok=True)
+
+
+def random_options(rng: random.Random) -> Options | None:
+    policy = rng.choice(["ordinary", "head", "entropy", "schedule", "two_phase", "constant"])
+    if policy == "ordinary":
+        return None
+    changes = {"scale": rng.choice([1.0, 1.0, 0.5, 1.7, rng.uniform(0.01, 10)])}
+    if rng.random() < 0.3:
+        changes["min"], changes["max"] = sorted([rng.uniform(0, 2), rng.uniform(0, 2)])
+    if policy in LEVELLED:
+        changes["level"] = rng.choice(["token", "sequence"])
+    parameters = {
+        "head": (),
+        "entropy": (rng.uniform(0.1, 2), rng.uniform(0, 3)),
+        "schedule": (rng.uniform(0, 2), rng.uniform(0, 2), float(rng.randint(1, 12))),
+        "two_phase": (rng.uniform(0, 2), rng.uniform(0, 2)),
+        "constant": (rng.uniform(0, 2),),
+    }
+    changes["parameters"] = parameters[policy]
+    if policy == "head":
+        changes["select"] = rng.choice(["argmax", "sample"])
+        return make_options("head", rng.choice(list(HEADS)), **changes)
+    return make_options(policy, **changes)
+
+
+class Simulation:
+    """A scheduler in small: requests come, are prefilled in chunks, preempted, and go."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.numbers = np.random.default_rng(seed)
+        self.selector = TemperatureSelector(HEADS, 4, CPU)
+        self.free = list(range(4))
+        self.running: dict[int, Request] = {}
+        self.preempted: list[tuple[Request, torch.Tensor]] = []
+
+    def random_tokens(self, count: int) -> list[int]:
+        return [self.rng.choice([1, 2, 3, 4, START, MARKER]) for _ in range(count)]
+
+    def admit(self) -> None:
+        if not self.free and len(self.running) < 16:
+            self.free.extend(self.selector.grow())
+        restored = []
+        while self.free and self.rng.random() < 0.7:
+            slot = self.free.pop(self.rng.randrange(len(self.free)))
+            if self.preempted and self.rng.random() < 0.5:
+                request, chosen = self.preempted.pop()
+                request.num_computed = 0
+                restored.append((slot, chosen))
+            else:
+                tokens = self.random_tokens(self.rng.randint(1, 12))
+                seed = self.rng.randint(-(2**63), 2**63 - 1)
+                request = Request(random_options(self.rng), seed, tokens, len(tokens))
+            self.running[slot] = request
+            if self.rng.random() < 0.2:
+                # One that is gone before the selector was flushed.
+                self.selector.add(slot, random_options(self.rng), 5)
+            is_adaptive = self.selector.add(slot, request.options, request.seed)
+            assert is_adaptive == self.selector.is_adaptive(slot) == (request.options is not None)
+        self.selector.flush()
+        for slot, request in self.running.items():
+            if request.num_computed == 0:
+                self.selector.start_phase(slot, request.tokens)
+        for slot, chosen in restored:
+            self.selector.restore(slot, chosen)
+
+    def remove(self) -> None:
+        for slot, request in list(self.running.items()):
+            chance = self.rng.random()
+            if chance < 0.1:
+                self.preempted.append((request, self.selector.park(slot)))
+            if chance < 0.2:
+                del self.running[slot]
+                self.free.append(slot)
+
+    def make_rows(self) -> list[Row]:
+        slots = [slot for slot in self.running if self.rng.random() < 0.9]
+        self.rng.shuffle(slots)
+        rows = []
+        for slot in slots:
+            request = self.running[slot]
+            num_left = len(request.tokens) - request.num_computed
+            request.num_computed += self.rng.randint(1, num_left)
+            is_ready = request.num_computed == len(request.tokens)
+            hidden = self.numbers.normal(size=WIDTH) * 3
+            logits = self.numbers.normal(size=VOCABULARY) * self.rng.choice([0.1, 2, 20])
+            logits[self.numbers.random(VOCABULARY) < 0.2] = -math.inf
+            logits[0] = 0.0
+            arrays = hidden.astype(np.float32), logits.astype(np.float32)
+            rows.append(Row(request, slot, request.num_computed - 1, is_ready, *arrays))
+        return rows
+
+    def step(self) -> None:
+        self.remove()
+        self.admit()
+        rows = self.make_rows()
+        if not rows:
+            return
+        step = make_step(rows)
+        before = step.logits.clone()
+        temperatures = self.selector.select(step)
+        expected = [slow_temperature(row) for row in rows]
+        if temperatures is None:
+            assert all(math.isnan(value) for value in expected)
+        else:
+            assert temperatures.dtype == torch.float32
+            # Of an unfinished prefill nothing is sampled, so its temperature is nobody's.
+            wanted = list(compress(expected, step.is_ready))
+            assert temperatures[step.is_ready].tolist() == approximately(wanted)
+        assert torch.equal(step.logits, before)
+        for row in rows:
+            if row.is_ready:
+                row.request.tokens += self.random_tokens(1)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_batches_agree_with_the_reference(seed):
+    simulation = Simulation(seed)
+    for _ in range(80):
+        simulation.step()
+    assert len(simulation.free) + len(simulation.running) == 16
+
+
+@pytest.fixture
+def selector() -> TemperatureSelector:
+    return TemperatureSelector(HEADS, 8, CPU)
+
+
+def test_an_ordinary_batch_returns_nothing(selector):
+    rows = [add(selector, slot, None) for slot in (0, 3)]
+    assert selector.select(make_step(rows)) is None
+    assert not selector.has_adaptive(np.array([0, 3, 5]))
+
+
+def test_a_selector_without_heads_serves_the_policies():
+    selector = TemperatureSelector({}, 2, CPU)
+    assert select(selector, add(selector, 1, make_options())) == approximately([0.7])
+
+
+def test_a_head_that_is_not_loaded_cannot_be_added(selector):
+    with pytest.raises(KeyError):
+        selector.add(0, make_options("head", "third"), 0)
+
+
+def test_ordinary_rows_are_nan_and_may_share_a_slot(selector):
+    ordinary, adaptive = add(selector, 0, None), add(selector, 1, make_options())
+    chosen = select(selector, ordinary, adaptive, ordinary)
+    assert chosen == approximately([math.nan, 0.7, math.nan])
+    assert selector.has_adaptive(np.array([0, 1]))
+
+
+def test_an_ordinary_request_in_a_recycled_slot_stays_ordinary(selector):
+    add(selector, 0, make_options("constant", level="sequence"))
+    recycled, adaptive = add(selector, 0, None), add(selector, 1, make_options())
+    assert select(selector, recycled, adaptive) == approximately([math.nan, 0.7])
+    assert not selector.is_adaptive(0)
+
+
+@pytest.mark.parametrize("options", [make_options(), make_options("head", "first")])
+def test_a_batch_of_one_policy_needs_no_other(selector, options):
+    row = add(selector, 2, options)
+    assert select(selector, row) == approximately([slow_temperature(row)])
+
+
+@pytest.mark.parametrize("is_first_adaptive", [True, False])
+def test_the_last_request_staged_in_a_slot_is_the_one_that_counts(selector, is_first_adaptive):
+    first, last = make_options(parameters=(0.1,)), make_options(parameters=(0.9,))
+    selector.add(0, first if is_first_adaptive else None, 0)
+    assert select(selector, add(selector, 0, last)) == approximately([0.9])
+    selector.add(0, last, 0)
+    assert selector.select(make_step([add(selector, 0, None)])) is None
+
+
+def test_staging_one_slot_leaves_the_others_alone(selector):
+    whole = make_options("head", "first", level="sequence")
+    row = add(selector, 0, whole)
+    row.hidden = np.linspace(-3, 3, WIDTH, dtype=np.float32)
+    (chosen,) = select(selector, row)
+    selector.add(1, make_options(), 0)
+    assert select(selector, generate(row, 4)) == [chosen]
+    selector.flush()
+    assert select(selector, generate(row, 4)) == [chosen]
+
+
+def test_temperature_0_is_exactly_0(selector):
+    row = add(selector, 0, make_options(parameters=(0.0,), scale=3.0))
+    assert select(selector, row) == [0.0]
+
+
+def test_min_lifts_temperature_0(selector):
+    row = add(selector, 0, make_options(parameters=(0.0,), min=0.25))
+    assert select(selector, row) == [0.25]
+
+
+def test_scale_comes_before_min_and_max(selector):
+    changes = [{"scale": 2.0}, {"scale": 2.0, "max": 1.0}, {"scale": 0.1, "min": 0.5}]
+    rows = [add(selector, slot, make_options(**change)) for slot, change in enumerate(changes)]
+    assert select(selector, *rows) == approximately([1.4, 1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("temperature", "micro"),
+    [(1 / 3, 333_333), (2 / 3, 666_667), (1e-7, 0), (9.9999999, 10_000_000), (7.654321, 7_654_321)],
+)
+def test_temperatures_are_whole_millionths(selector, temperature, micro):
+    row = add(selector, 0, make_options(parameters=(temperature,)))
+    temperatures = selector.select(make_step([row]))
+    assert temperatures.tolist() == [np.float32(micro / 1e6)]
+    assert to_micro(temperatures).tolist() == [micro]
+
+
+def test_every_millionth_survives_float32():
+    micro = torch.arange(0, 10_000_001, 37, dtype=torch.int32)
+    assert torch.equal(to_micro((micro / 1_000_000).float()), micro)
+
+
+def test_an_ordinary_row_is_minus_one_millionth():
+    assert to_micro(torch.tensor([0.5, math.nan])).tolist() == [500_000, -1]
+    assert to_micro(torch.tensor([math.nan])).dtype == torch.int32
+
+
+def show(row: Row, rng_seed: int) -> Row:
+    row.hidden = np.random.default_rng(rng_seed).normal(size=WIDTH).astype(np.float32) * 3
+    return row
+
+
+def different_choices() -> tuple[int, int]:
+    """Seeds of two hidden states for which the first head chooses different temperatures."""
+    selector = TemperatureSelector(HEADS, 1, CPU)
+    row = add(selector, 0, make_options("head", "first"))
+    (first,) = select(selector, show(row, 0))
+    return 0, next(seed for seed in range(1, 50) if select(selector, show(row, seed)) != [first])
+
+
+def test_a_token_level_request_chooses_anew_for_every_token(selector):
+    row = add(selector, 0, make_options("head", "first"))
+    chosen = [select(selector, show(row, seed)) for seed in different_choices()]
+    assert chosen[0] != chosen[1]
+
+
+def test_a_sequence_level_request_keeps_its_first_choice(selector):
+    first, other = different_choices()
+    row = show(add(selector, 0, make_options("head", "first", level="sequence")), first)
+    chosen = select(selector, row)
+    assert chosen == approximately([slow_temperature(row)])
+    assert select(selector, show(generate(row, 4), other)) == chosen
+
+
+def test_an_unfinished_prefill_makes_no_sequence_choice(selector):
+    first, other = different_choices()
+    row = show(add(selector, 0, make_options("head", "first", level="sequence")), first)
+    row.is_ready = False
+    unfinished = select(selector, row)
+    row.is_ready = True
+    assert select(selector, show(row, other)) != unfinished
+
+
+def test_a_recycled_slot_forgets_the_sequence_choice(selector):
+    first, other = different_choices()
+    whole = make_options("head", "first", level="sequence")
+    earlier = select(selector, show(add(selector, 0, whole), first))
+    assert select(selector, show(add(selector, 0, whole), other)) != earlier
+
+
+def test_a_preempted_request_finds_its_choice_again_in_another_slot(selector):
+    first, other = different_choices()
+    whole = make_options("head", "first", level="sequence")
+    row = show(add(selector, 0, whole), first)
+    chosen = select(selector, row)
+    parked = selector.park(0)
+    add(selector, 0, make_options(parameters=(1.9,), level="sequence"))
+    resumed = show(add(selector, 5, whole), other)
+    selector.restore(5, parked)
+    assert select(selector, resumed) == chosen
+
+
+def test_what_is_parked_does_not_change_with_its_slot(selector):
+    row = add(selector, 0, make_options(level="sequence"))
+    select(selector, row)
+    parked = selector.park(0)
+    select(selector, add(selector, 0, make_options(parameters=(1.9,), level="sequence")))
+    assert parked.item() == pytest.approx(0.7)
+
+
+def test_a_request_preempted_before_its_choice_has_none_to_restore(selector):
+    whole = make_options(level="sequence")
+    add(selector, 0, whole)
+    parked = selector.park(0)
+    assert parked.isnan()
+    resumed = add(selector, 1, whole)
+    selector.restore(1, parked)
+    assert select(selector, resumed) == approximately([0.7])
+
+
+def test_thinking_ends_with_the_marker_and_begins_again_with_the_start(selector):
+    row = add(selector, 0, make_options("two_phase"))
+    chosen = select(selector, row)
+    for token in (4, MARKER, 4, 4, START, 4, MARKER):
+        row = generate(row, token)
+        chosen += select(selector, row)
+    assert chosen == approximately([1.0, 1.0, 0.3, 0.3, 0.3, 1.0, 1.0, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "temperature"),
+    [
+        ([1, 2, 3], 1.0),
+        ([MARKER], 0.3),
+        ([START], 1.0),
+        ([START, 1, MARKER, 2], 0.3),
+        ([START, 1, MARKER, 2, 3, START], 1.0),
+        ([START, 1, MARKER, 2, 3, START, MARKER], 0.3),
+        ([MARKER, 1, MARKER, 2, START, 1], 1.0),
+        ([], 1.0),
+    ],
+)
+def test_the_prompt_s_last_marker_says_which_phase_begins(selector, prompt, temperature):
+    # One more token, so that the prompt is told by `start_phase` alone.
+    row = add(selector, 0, make_options("two_phase"), tokens=[*prompt, 4])
+    assert select(selector, row) == approximately([temperature])
+
+
+def test_without_a_start_token_an_answer_stays_an_answer(selector):
+    options = make_options("two_phase", start_token_id=-1)
+    row = add(selector, 0, options, tokens=[START, MARKER, START, 4])
+    assert select(selector, row) == approximately([0.3])
+    assert select(selector, generate(row, START)) == approximately([0.3])
+
+
+def test_a_marker_inside_an_unfinished_prefill_is_read_from_the_prompt_only(selector):
+    # The prompt thinks again after its marker, which a chunk of the prefill happens to end with.
+    row = add(selector, 0, make_options("two_phase"), tokens=[1, MARKER, START, 4])
+    chunk = Row(row.request, 0, position=1, is_ready=False)
+    select(selector, chunk)
+    assert select(selector, row) == approximately([1.0])
+
+
+def test_another_slot_s_marker_is_not_mine(selector):
+    mine = add(selector, 0, make_options("two_phase"))
+    other = add(selector, 1, make_options("two_phase"), tokens=[1, MARKER])
+    assert select(selector, mine, other) == approximately([1.0, 0.3])
+    assert select(selector, generate(mine, 4), generate(other, 4)) == approximately([1.0, 0.3])
+
+
+def test_a_recycled_slot_thinks_anew(selector):
+    add(selector, 0, make_options("two_phase"), tokens=[1, MARKER])
+    selector.add(0, make_options("two_phase"), 0)
+    selector.flush()
+    assert select(selector, Row(Request(None, 0, [1], 1), 0, 0)) == approximately([1.0])
+
+
+def test_start_phase_means_nothing_to_other_requests(selector):
+    rows = [add(selector, 0, make_options(), tokens=[MARKER]), add(selector, 1, None)]
+    selector.start_phase(1, [MARKER])
+    assert select(selector, *rows) == approximately([0.7, math.nan])
+
+
+def test_the_schedule_starts_with_the_first_generated_token(selector):
+    row = add(selector, 0, make_options("schedule", parameters=(1.0, 0.0, 4.0)), tokens=[1] * 9)
+    chosen = select(selector, row)
+    for _ in range(6):
+        row = generate(row, 4)
+        chosen += select(selector, row)
+    assert chosen == approximately([1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0])
+
+
+def sampled(selector: TemperatureSelector, slot: int, seed: int | None) -> list[float]:
+    selector.add(slot, make_options("head", "first", select="sample"), seed)
+    selector.flush()
+    request = Request(None, 0, [1] * 40, prompt_len=1)
+    return [select(selector, Row(request, slot, position))[0] for position in range(40)]
+
+
+def test_the_same_seed_draws_the_same_in_any_slot(selector):
+    draws = sampled(selector, 0, seed=11)
+    assert sampled(selector, 6, seed=11) == draws
+    assert sampled(selector, 0, seed=12) != draws
+    assert len(set(draws)) > 2
+
+
+def test_requests_without_a_seed_draw_differently(selector):
+    assert sampled(selector, 0, seed=None) != sampled(selector, 0, seed=None)
+
+
+def test_growing_keeps_what_the_slots_hold(selector):
+    first, other = different_choices()
+    whole = show(add(selector, 0, make_options("head", "first", level="sequence")), first)
+    phase = add(selector, 7, make_options("two_phase"), tokens=[MARKER])
+    chosen = select(selector, whole, phase)
+    selector.add(1, make_options(parameters=(0.9,)), 0)  # Still staged while the table grows.
+    assert selector.grow() == range(8, 16)
+    selector.flush()
+    staged = Row(Request(None, 0, [1], 1), slot=1, position=0)
+    added = add(selector, 15, make_options(parameters=(0.1,)))
+    rows = [show(generate(whole, 4), other), generate(phase, 4), staged, added]
+    assert select(selector, *rows) == approximately([*chosen, 0.9, 0.1])
+    assert not selector.is_adaptive(14)
+
+
+temperatures = st.floats(0.0, 10.0)
+
+
+@st.composite
+def any_options(draw) -> Options | None:
+    policy = draw(st.sampled_from(["ordinary", "head", "entropy", "schedule", "two_phase"]))
+    if policy == "ordinary":
+        return None
+    parameters = {
+        "head": (),
+        "entropy": (draw(temperatures), draw(st.floats(0, 100))),
+        "schedule": (draw(temperatures), draw(temperatures), float(draw(st.integers(1, 10**7)))),
+        "two_phase": (draw(temperatures), draw(temperatures)),
+    }
+    low, high = sorted([draw(temperatures), draw(temperatures)])
+    return make_options(
+        policy,
+        draw(st.sampled_from(list(HEADS))) if policy == "head" else None,
+        select=draw(st.sampled_from(["argmax", "sample"])),
+        level=draw(st.sampled_from(["token", "sequence"] if policy in LEVELLED else ["token"])),
+        scale=draw(st.floats(1e-6, 10.0)),
+        min=low,
+        max=high,
+        parameters=parameters[policy],
+    )
+
+
+@settings(max_examples=150, **FIXED)
+@given(st.lists(any_options(), min_size=1, max_size=8), st.integers(0, 2**32 - 1))
+def test_any_row_is_within_its_bounds_and_independent_of_its_batch(batch, seed):
+    numbers = np.random.default_rng(seed)
+    together, apart = (TemperatureSelector(HEADS, 8, CPU) for _ in range(2))
+    rows = []
+    for slot, options in enumerate(batch):
+        tokens = numbers.integers(1, VOCABULARY, size=5).tolist()
+        row = show(add(together, slot, options, tokens=tokens, seed=seed + slot), seed + slot)
+        row.logits = (numbers.normal(size=VOCABULARY) * 5).astype(np.float32)
+        rows.append(row)
+    chosen = together.select(make_step(rows))
+    if chosen is None:
+        assert not any(batch)
+        return
+    assert torch.equal(chosen.isnan(), torch.tensor([options is None for options in batch]))
+    micros = to_micro(chosen)
+    for options, row, micro in zip(batch, rows, micros.tolist(), strict=True):
+        if options is not None:
+            assert options.min - 1e-6 <= micro / 1e6 <= options.max + 1e-6
+            add(apart, 0, options, tokens=row.request.tokens, seed=row.request.seed)
+            alone = Row(row.request, 0, row.position, True, row.hidden, row.logits)
+            assert to_micro(apart.select(make_step([alone]))).tolist() == [
+                pytest.approx(micro, abs=1)
+            ]
