@@ -49,7 +49,7 @@ def init(
     out: Annotated[Path, typer.Argument(help="Folder to write the head to; new or empty.")],
     model: Annotated[Path, typer.Option(help="Hugging Face folder of the model it is for.")],
     hidden_size: Annotated[
-        int | None, typer.Option(min=1, help="Width of the last hidden state [config.json's].")
+        int | None, typer.Option(min=1, help="Width of the last hidden state; else config.json's.")
     ] = None,
     temperatures: Annotated[
         str, typer.Option(help="What it chooses from, increasing, with commas.")
@@ -62,7 +62,7 @@ def init(
     ] = "2048,2048",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the weights.")] = 0,
     name: Annotated[
-        str | None, typer.Option(help="Name of the model [config.json's, or the folder's].")
+        str | None, typer.Option(help="Name of the model; else config.json's, or the folder's.")
     ] = None,
 ) -> None:
     """Write an untrained head, which chooses all its temperatures about equally often."""
@@ -137,11 +137,11 @@ def read_model_config(model: Path) -> dict[str, Any]:
 
 
 def find_hidden_size(model: Path, config: dict[str, Any]) -> int:
-    """The width of a model's last hidden state, be it a text model or has it a text model inside."""
+    """The width of a model's last hidden state; multimodal models keep it in `text_config`."""
     text_config = config.get("text_config")
     inner = text_config.get("hidden_size") if isinstance(text_config, dict) else None
-    size = config.get("hidden_size", inner)
-    if not isinstance(size, int) or size < 1:
+    size = config.get("hidden_size") or inner
+    if type(size) is not int or size < 1:
         raise ValueError(f"{model / 'config.json'} has no hidden_size; give it as --hidden-size")
     return size
 
@@ -171,7 +171,7 @@ def make_table(head: LoadedHead) -> Table:
     """What is known of a head, for a person."""
     metadata = head.metadata
     num_weights = sum(weight.numel() for weight in head.network.parameters())
-    table = Table(title=str(head.path), show_header=False)
+    table = Table(title=Text(str(head.path)), show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     rows = {

@@ -6,6 +6,8 @@ on a GPU, where V2 is vLLM's own default: V1 is refused there.
 """
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np

@@ -74,6 +74,7 @@ def run_engine(tiny_model, heads, tmp_path_factory):
             "block_size": 32,
             "kv_cache_memory_bytes": 1 << 26,
             "disable_log_stats": False,
+            "distributed_executor_backend": "uni",
             "worker_cls": WORKERS[runner, worker],
             **engine,
         }
@@ -99,7 +100,12 @@ def run_engine(tiny_model, heads, tmp_path_factory):
 
 
 def make_environment(runner: str) -> dict[str, str]:
-    environment = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "OMP_NUM_THREADS": "1",
+        # Everything in one process: each further one imports vLLM anew.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
     if runner == "v2":
         paths = [str(INTERPRETED), environment.get("PYTHONPATH", "")]
         environment |= {

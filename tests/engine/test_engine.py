@@ -70,6 +70,67 @@ MIXED = [
 CHUNKED = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
 
 
+CONSTRAINED = [
+    adaptive(PROMPTS[5]),
+    adaptive(PROMPTS[5], options={"head": "seq"}),
+    adaptive(PROMPTS[4], n=3, options={"head": "seq"}),
+    adaptive(PROMPTS[3], n=2, logprobs=1),
+    adaptive(PROMPTS[2], top_k=20, top_p=0.9, min_p=0.02),
+    adaptive(PROMPTS[1], repetition_penalty=1.2, logit_bias={"11": 3.0}),
+    adaptive(PROMPTS[0], stop_token_ids=list(range(0, VOCAB_SIZE, 3))),
+    ordinary(PROMPTS[2]),
+]
+PREEMPTED = [
+    adaptive(prompt, seed=seed, max_tokens=70, options={"head": head})
+    for seed, prompt in enumerate(PROMPTS[:4])
+    for head in ("tok", "seq")
+]
+SAMPLED = adaptive(PROMPTS[2], seed=11, options={"select": "sample"})
+CROWD = [adaptive(prompt, seed=3, options={"select": "sample"}) for prompt in PROMPTS]
+TWO_PHASE = {"policy": "two_phase", "two_phase": {"thinking": 1.3, "answer": 0.2}}
+PHASES = {
+    "no marker": adaptive(PROMPTS[1], options=TWO_PHASE),
+    "over": adaptive([*PROMPTS[1], START, 9, MARKER, 4], options=TWO_PHASE),
+    "begun again": adaptive([*PROMPTS[1], START, 9, MARKER, 4, START, 5], options=TWO_PHASE),
+    # A bias this strong makes the model write the marker itself, at once.
+    "written": adaptive(PROMPTS[1], options=TWO_PHASE, logit_bias={str(MARKER): 100.0}),
+}
+JUNK = [
+    ordinary(PROMPTS[0], extra_args=extra_args)
+    for extra_args in (
+        {"adaptive": "token"},
+        {"adaptive": {"policy": "head"}},
+        {"adaptive": options_of().to_extra_args()["adaptive"] | {"name": "gone"}},
+        {"other": 1},
+    )
+]
+LOGPROBS = [
+    adaptive(PROMPTS[3], logprobs=0, options={"min": 0.1}),
+    adaptive(PROMPTS[4], logprobs=0, options={"head": "seq", "min": 0.1}),
+    ordinary(PROMPTS[2]),
+]
+
+# An engine takes seconds to start, so each configuration has one for all its tests.
+BATCHES = {
+    "plain": [ORDINARY, MIXED, [SAMPLED], [*CROWD, SAMPLED], [SAMPLED], [*JUNK, SAMPLED]],
+    "chunked": [CONSTRAINED, list(PHASES.values())],
+    "preempting": [PREEMPTED],
+    "processed": [LOGPROBS],
+}
+ENGINES = {
+    "plain": {},
+    "chunked": {"max_num_batched_tokens": 16, "enable_chunked_prefill": True},
+    "preempting": {"num_gpu_blocks_override": 14},
+    "processed": {"logprobs_mode": "processed_logprobs"},
+}
+
+
+@pytest.fixture(params=RUNNERS)
+def serve(request, run_engine):
+    """The answers of one of the configurations."""
+    return lambda name: run_engine(request.param, "adaptive", BATCHES[name], **ENGINES[name])
+
+
 @pytest.fixture(scope="module")
 def model_of(tiny_model):
     """Hidden states and logits for the tokens that an answer was sampled from."""
@@ -122,112 +183,64 @@ def assert_aligned(request, answer, model_of, networks):
             assert token == int(row.argmax())
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
-def test_every_policy_in_one_batch_is_aligned(runner, run_engine, model_of, networks):
-    result = run_engine(runner, "adaptive", [ORDINARY, MIXED])
-    for request, answers in zip(MIXED, result["answers"][1], strict=True):
+def test_every_policy_in_one_batch_is_aligned(serve, model_of, networks):
+    for request, answers in zip(MIXED, serve("plain")["answers"][1], strict=True):
         for answer in answers:
             assert_aligned(request, answer, model_of, networks)
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_ordinary_requests_are_bit_for_bit_those_of_stock_vllm(runner, run_engine):
-    ours = run_engine(runner, "adaptive", [ORDINARY, MIXED])
-    stock = run_engine(runner, "stock", [ORDINARY])
-    assert ours["answers"][0] == stock["answers"][0]
-    alone = stock["answers"][0][0]
-    assert ours["answers"][1][1] == alone, "an ordinary request changes beside adaptive ones"
+    ours = run_engine(runner, "adaptive", BATCHES["plain"], **ENGINES["plain"])["answers"]
+    stock = run_engine(runner, "stock", [ORDINARY])["answers"]
+    assert ours[0] == stock[0]
+    assert ours[1][1] == stock[0][0], "an ordinary request changes beside adaptive ones"
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
-def test_chunked_prefill_n_stop_logprobs_and_constraints(runner, run_engine, model_of, networks):
-    batch = [
-        adaptive(PROMPTS[5]),
-        adaptive(PROMPTS[5], options={"head": "seq"}),
-        adaptive(PROMPTS[4], n=3, options={"head": "seq"}),
-        adaptive(PROMPTS[3], n=2, logprobs=1),
-        adaptive(PROMPTS[2], top_k=20, top_p=0.9, min_p=0.02),
-        adaptive(PROMPTS[1], repetition_penalty=1.2, logit_bias={"11": 3.0}),
-        adaptive(PROMPTS[0], stop_token_ids=list(range(0, VOCAB_SIZE, 3))),
-        ordinary(PROMPTS[2]),
-    ]
-    result = run_engine(runner, "adaptive", [batch], **CHUNKED)
-    for request, answers in zip(batch, result["answers"][0], strict=True):
+def test_chunked_prefill_n_stop_logprobs_and_constraints(serve, model_of, networks):
+    all_answers = serve("chunked")["answers"][0]
+    for request, answers in zip(CONSTRAINED, all_answers, strict=True):
         for answer in answers:
             assert_aligned(request, answer, model_of, networks)
-    stopped = result["answers"][0][6][0]
+    stopped = all_answers[6][0]
     assert stopped["finish_reason"] == "stop" and len(stopped["token_ids"]) < 12
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
-def test_choices_survive_preemption(runner, run_engine, model_of, networks):
-    batch = [
-        adaptive(prompt, seed=seed, max_tokens=70, options={"head": head})
-        for seed, prompt in enumerate(PROMPTS[:4])
-        for head in ("tok", "seq")
-    ]
-    result = run_engine(runner, "adaptive", [batch], num_gpu_blocks_override=14)
+def test_choices_survive_preemption(serve, model_of, networks):
+    result = serve("preempting")
     assert result["num_preemptions"] > 3
-    for request, answers in zip(batch, result["answers"][0], strict=True):
-        assert_aligned(request, answers[0], model_of, networks)
+    for request, (answer,) in zip(PREEMPTED, result["answers"][0], strict=True):
+        assert_aligned(request, answer, model_of, networks)
         if request["params"]["extra_args"]["adaptive"]["name"] == "seq":
-            assert len(set(answers[0]["micros"])) == 1
+            assert len(set(answer["micros"])) == 1
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
-def test_processed_logprobs_are_those_of_each_tokens_own_temperature(runner, run_engine, model_of):
-    batch = [adaptive(PROMPTS[3], logprobs=0, options={"min": 0.1}), ordinary(PROMPTS[2])]
-    batch.append(adaptive(PROMPTS[4], logprobs=0, options={"head": "seq", "min": 0.1}))
-    result = run_engine(runner, "adaptive", [batch], logprobs_mode="processed_logprobs")
-    for index in (0, 2):
-        (answer,) = result["answers"][0][index]
-        _, logits = model_of(batch[index]["prompt"], answer["token_ids"])
+def test_processed_logprobs_are_those_of_each_tokens_own_temperature(serve, model_of):
+    for request, (answer,) in list(zip(LOGPROBS, serve("processed")["answers"][0], strict=True))[:2]:
+        _, logits = model_of(request["prompt"], answer["token_ids"])
         rows = zip(answer["token_ids"], answer["micros"], answer["logprobs"], logits, strict=True)
         for token, micro, logprobs, row in rows:
             expected = (row.double() / (micro / 1e6)).log_softmax(-1)[token].item()
             assert logprobs[str(token)] == pytest.approx(expected, abs=2e-3)
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
-def test_seeded_selection_does_not_depend_on_the_batch(runner, run_engine):
-    sampled = adaptive(PROMPTS[2], seed=11, options={"select": "sample"})
-    crowd = [adaptive(prompt, seed=3, options={"select": "sample"}) for prompt in PROMPTS]
-    result = run_engine(runner, "adaptive", [[sampled], [*crowd, sampled], [sampled]])
-    alone, together, again = (batch[-1][0] for batch in result["answers"])
+def test_seeded_selection_does_not_depend_on_the_batch(serve):
+    alone, together, again = (batch[-1][0] for batch in serve("plain")["answers"][2:5])
     assert alone["micros"] == together["micros"] == again["micros"]
     assert alone["token_ids"] == together["token_ids"]
     assert len(set(alone["micros"])) > 1
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
-def test_two_phases_switch_after_the_marker(runner, run_engine):
-    two_phase = {"policy": "two_phase", "two_phase": {"thinking": 1.3, "answer": 0.2}}
-    cases = {
-        "none": PROMPTS[1],
-        "over": [*PROMPTS[1], START, 9, MARKER, 4],
-        "again": [*PROMPTS[1], START, 9, MARKER, 4, START, 5],
-    }
-    # A bias this strong makes the third case below write the marker itself.
-    batch = [adaptive(prompt, options=two_phase, max_tokens=6) for prompt in cases.values()]
-    batch.append(adaptive(PROMPTS[1], options=two_phase, logit_bias={str(MARKER): 100.0}))
-    result = run_engine(runner, "adaptive", [batch], **CHUNKED)
-    none, over, again, written = (answers[0]["micros"] for answers in result["answers"][0])
-    assert set(none) == {1_300_000}
-    assert set(over) == {200_000}
-    assert set(again) == {1_300_000}
-    assert written[0] == 1_300_000 and set(written[1:]) == {200_000}
+def test_two_phases_switch_after_the_marker(serve):
+    answers = serve("chunked")["answers"][1]
+    micros = {name: answer["micros"] for name, (answer,) in zip(PHASES, answers, strict=True)}
+    assert set(micros["no marker"]) == {1_300_000}
+    assert set(micros["over"]) == {200_000}
+    assert set(micros["begun again"]) == {1_300_000}
+    assert micros["written"][0] == 1_300_000 and set(micros["written"][1:]) == {200_000}
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
-def test_wrong_options_cannot_end_the_engine(runner, run_engine):
-    junk = [
-        {"adaptive": "token"},
-        {"adaptive": {"policy": "head"}},
-        {"adaptive": options_of().to_extra_args()["adaptive"] | {"name": "gone"}},
-        {"other": 1},
-    ]
-    batch = [ordinary(PROMPTS[0], extra_args=value) for value in junk] + [adaptive(PROMPTS[0])]
-    result = run_engine(runner, "adaptive", [batch])
-    answers = [answers[0] for answers in result["answers"][0]]
-    assert all(answer["micros"] is None for answer in answers[:4])
-    assert len(answers[4]["micros"]) == 12
+def test_wrong_options_cannot_end_the_engine(serve):
+    *junk, sampled = (answers[0] for answers in serve("plain")["answers"][5])
+    assert [answer["micros"] for answer in junk] == [None] * 4
+    assert len(sampled["micros"]) == 12

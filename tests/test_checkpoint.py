@@ -1,0 +1,373 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptive_head.checkpoint import (
+    BaseModelIdentity,
+    HeadError,
+    load_head,
+    read_metadata,
+    save_head,
+)
+from adaptive_head.fingerprint import fingerprint_model
+from adaptive_head.head import AdaptiveHead, HeadConfig
+
+CONFIG = HeadConfig(8, (0.0, 0.5, 1.0), (6, 4))
+IDENTITY = BaseModelIdentity(name="tiny", fingerprint="0123456789abcdef")
+
+
+@pytest.fixture
+def network() -> AdaptiveHead:
+    return AdaptiveHead(CONFIG, seed=4)
+
+
+@pytest.fixture
+def folder(tmp_path, network):
+    folder = tmp_path / "head"
+    save_head(folder, network, level="token", base_model=IDENTITY, trained=False)
+    return folder
+
+
+def change_json(folder, **changes) -> None:
+    path = folder / "head.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weights(folder, **changes) -> None:
+    """Replace tensors by name (dots written as __), or remove them with None."""
+    weights = load_file(folder / "head.safetensors")
+    weights |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    kept = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    save_file(kept, folder / "head.safetensors")
+
+
+def refusal(folder, **kwargs) -> str:
+    with pytest.raises(HeadError) as caught:
+        load_head(folder, **kwargs)
+    return str(caught.value)
+
+
+def test_a_head_comes_back_bit_for_bit(folder, network):
+    loaded = load_head(folder).network
+    assert loaded.config == CONFIG
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name].view(torch.int32), tensor.view(torch.int32))
+
+
+def test_the_metadata_comes_back(tmp_path, network):
+    training = {"method": "lpo", "beta": 0.1, "steps": [1, 2]}
+    saved = save_head(
+        tmp_path / "h",
+        network,
+        level="sequence",
+        base_model=IDENTITY,
+        trained=True,
+        training=training,
+    )
+    loaded = load_head(tmp_path / "h")
+    assert loaded.metadata == saved == read_metadata(tmp_path / "h")
+    assert (loaded.level, loaded.path) == ("sequence", tmp_path / "h")
+    assert (saved.trained, saved.training, saved.base_model) == (True, training, IDENTITY)
+    assert saved.config == CONFIG
+    assert {"python", "torch"} <= saved.packages.keys()
+
+
+def test_a_loaded_head_is_ready_to_serve(folder):
+    network = load_head(folder).network
+    assert not network.training
+    assert not any(weight.requires_grad for weight in network.parameters())
+
+
+def test_a_folder_holds_the_two_files_and_nothing_else(folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["head.json", "head.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_float_type_become_float32(folder, network, dtype):
+    tensors = {name: tensor.to(dtype) for name, tensor in network.state_dict().items()}
+    save_file(tensors, folder / "head.safetensors")
+    for name, tensor in load_head(folder).network.state_dict().items():
+        assert torch.equal(tensor, tensors[name].float())
+
+
+def test_the_right_model_is_accepted(folder):
+    load_head(folder, hidden_size=8, fingerprint=IDENTITY.fingerprint)
+
+
+def test_a_head_without_a_fingerprint_goes_with_any_model_of_its_width(tmp_path, network):
+    anonymous = BaseModelIdentity(name="tiny")
+    save_head(tmp_path / "h", network, level="token", base_model=anonymous, trained=False)
+    load_head(tmp_path / "h", hidden_size=8, fingerprint="fedcba9876543210")
+
+
+def test_a_model_of_another_width_is_refused(folder):
+    message = refusal(folder, hidden_size=16)
+    assert str(folder) in message
+    assert "width 8" in message
+    assert "have 16" in message
+
+
+def test_another_model_is_refused(folder):
+    message = refusal(folder, fingerprint="fedcba9876543210")
+    assert str(folder) in message
+    for part in ("tiny", "0123456789abcdef", "fedcba9876543210"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"layers__0__weight": torch.full((6, 8), torch.nan)}, "layers.0.weight holds NaN"),
+        ({"layers__2__bias": torch.tensor([0, torch.inf, 0])}, "layers.2.bias holds NaN or inf"),
+        (
+            {"layers__0__bias": torch.full((6,), 1e300, dtype=torch.float64)},
+            "layers.0.bias holds NaN or infinity",
+        ),
+        ({"layers__1__bias": None}, "missing layers.1.bias"),
+        ({"layers__1__bias": None, "layers__0__bias": None}, "missing layers.0.bias, layers.1.bi"),
+        ({"layers__3__bias": torch.zeros(3)}, "unknown layers.3.bias"),
+        ({"surprise": torch.zeros(1)}, "unknown surprise"),
+        ({"layers__0__weight": torch.zeros(8, 6)}, "has shape [8, 6], head.json says [6, 8]"),
+        ({"layers__2__bias": torch.zeros(4)}, "has shape [4], head.json says [3]"),
+        ({"layers__0__weight": torch.zeros(6, 8, dtype=torch.int32)}, "torch.int32, not a float"),
+        ({"layers__0__weight": torch.zeros(6, 8, dtype=torch.bool)}, "torch.bool, not a float"),
+        (
+            {"layers__0__weight": torch.zeros(6, 8, dtype=torch.complex64)},
+            "torch.complex64, not a float",
+        ),
+    ],
+)
+def test_wrong_weights_are_refused(folder, changes, complaint):
+    change_weights(folder, **changes)
+    message = refusal(folder)
+    assert str(folder / "head.safetensors") in message
+    assert complaint in message
+
+
+@pytest.mark.parametrize(
+    "num_bytes", [0, 1, 7, 8, 9, 60, 300, -300, -100, -8, -1], ids=lambda n: f"{n}"
+)
+def test_a_truncated_weights_file_is_refused(folder, num_bytes):
+    path = folder / "head.safetensors"
+    path.write_bytes(path.read_bytes()[:num_bytes])
+    assert f"{path} is damaged or truncated" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"garbage " * 20, b"\xff" * 64, b"\x80\x02}q\x00." * 9, b"\0" * 64]
+)
+def test_a_file_of_another_kind_is_refused(folder, content):
+    path = folder / "head.safetensors"
+    path.write_bytes(content)
+    assert f"{path} is damaged or truncated" in refusal(folder)
+
+
+def test_missing_weights_are_refused(folder):
+    (folder / "head.safetensors").unlink()
+    assert f"{folder / 'head.safetensors'} is missing" in refusal(folder)
+
+
+def test_a_folder_without_metadata_is_not_a_head(folder, tmp_path):
+    (folder / "head.json").unlink()
+    assert refusal(folder) == f"{folder} is not a head: it has no head.json"
+    assert "is not a head" in refusal(tmp_path / "nowhere")
+
+
+REQUIRED = ["temperatures", "level", "hidden_size", "layer_sizes", "base_model", "trained"]
+
+
+@pytest.mark.parametrize("field", [*REQUIRED, "created", "packages"])
+def test_metadata_without_a_required_field_is_refused(folder, field):
+    path = folder / "head.json"
+    content = json.loads(path.read_text())
+    del content[field]
+    path.write_text(json.dumps(content))
+    assert refusal(folder) == f"{path}: {field}: Field required"
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
+        ({"base_model": {"name": "tiny", "path": "/x"}}, "base_model.path: Extra inputs"),
+        ({"base_model": {}}, "base_model.name: Field required"),
+        ({"format_version": 2}, "has format 2; this release reads up to 1: upgrade it"),
+        ({"format_version": 0}, "format_version"),
+        ({"format_version": "one"}, "format_version"),
+        ({"level": "sentence"}, "level"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"layer_sizes": [6, 0]}, "layer_sizes.1"),
+        ({"layer_sizes": 6}, "layer_sizes"),
+        ({"temperatures": [0.5]}, "temperatures: 2 to 64 are needed"),
+        ({"temperatures": [1.0, 0.5, 0.0]}, "strictly increasing"),
+        ({"temperatures": [0.0, 0.5, float("nan")]}, "nan is not in [0, 10]"),
+        ({"temperatures": [0.0, 0.5, 11]}, "11.0 is not in [0, 10]"),
+        ({"trained": "perhaps"}, "trained"),
+    ],
+)
+def test_wrong_metadata_is_refused(folder, changes, complaint):
+    change_json(folder, **changes)
+    message = refusal(folder)
+    assert str(folder / "head.json") in message
+    assert complaint in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"hidden_size": 9}, "layers.0.weight has shape [6, 8], head.json says [6, 9]"),
+        ({"layer_sizes": [6]}, "unknown layers.2.bias, layers.2.weight"),
+        ({"layer_sizes": [6, 4, 4]}, "missing layers.3.bias, layers.3.weight"),
+        ({"temperatures": [0.0, 1.0]}, "layers.2.bias has shape [3], head.json says [2]"),
+        # Sizes that no memory holds.
+        ({"hidden_size": 10**13}, "head.json says [6, 10000000000000]"),
+        ({"hidden_size": 10**30}, "layers.0.weight has shape [6, 8]"),
+    ],
+)
+def test_metadata_that_disagrees_with_the_weights_is_refused(folder, changes, complaint):
+    change_json(folder, **changes)
+    message = refusal(folder)
+    assert str(folder / "head.safetensors") in message
+    assert complaint in message
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "is not readable JSON"),
+        (b'{"format_version": 1, "temperatures": [0.0', "is not readable JSON"),
+        (b"{format_version: 1}", "is not readable JSON"),
+        (b"\xff\xfe{}", "is not readable JSON"),
+        (b"[" * 100_000, "is not readable JSON"),
+        (b"[]", "must hold a JSON object"),
+        (b"null", "must hold a JSON object"),
+    ],
+    ids=["empty", "truncated", "unquoted", "not-utf-8", "deep", "list", "null"],
+)
+def test_metadata_that_is_not_a_json_object_is_refused(folder, content, complaint):
+    path = folder / "head.json"
+    path.write_bytes(content)
+    assert refusal(folder).startswith(f"{path} {complaint}")
+
+
+def test_nothing_is_overwritten(folder, network):
+    before = (folder / "head.safetensors").read_bytes()
+    with pytest.raises(HeadError, match="is not an empty folder"):
+        save_head(folder, network, level="token", base_model=IDENTITY, trained=True)
+    assert (folder / "head.safetensors").read_bytes() == before
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, network):
+    (tmp_path / "h").write_text("precious")
+    with pytest.raises(HeadError, match="is not an empty folder"):
+        save_head(tmp_path / "h", network, level="token", base_model=IDENTITY, trained=False)
+    assert (tmp_path / "h").read_text() == "precious"
+
+
+def test_an_empty_folder_and_its_parents_are_used(tmp_path, network):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "new" / "deep"):
+        save_head(folder, network, level="token", base_model=IDENTITY, trained=False)
+        load_head(folder)
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path, network):
+    with torch.no_grad():
+        network.layers[1].bias[0] = torch.nan
+    with pytest.raises(HeadError, match=r"layers\.1\.bias holds NaN"):
+        save_head(tmp_path / "h", network, level="token", base_model=IDENTITY, trained=False)
+    assert not list((tmp_path / "h").iterdir())
+
+
+def make_tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "model.embed_tokens.weight": torch.randn(30, 8, generator=generator),
+        "model.layers.0.mlp.weight": torch.randn(16, 8, generator=generator),
+        "model.norm.weight": torch.randn(8, generator=generator),
+        "model.scale": torch.tensor(0.125),
+    }
+
+
+def fingerprint_of(folder, **files) -> str | None:
+    """Fingerprint of a new folder with one safetensors file a keyword."""
+    folder.mkdir()
+    for name, tensors in files.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    return fingerprint_model(folder)
+
+
+@pytest.fixture
+def expected(tmp_path) -> str:
+    fingerprint = fingerprint_of(tmp_path / "plain", model=make_tensors())
+    assert fingerprint is not None
+    return fingerprint
+
+
+def test_a_fingerprint_is_16_hexadecimal_digits(expected):
+    assert len(expected) == 16
+    assert int(expected, 16) >= 0
+
+
+def test_float32_and_bfloat16_have_the_same_fingerprint(tmp_path, expected):
+    halved = {name: tensor.bfloat16() for name, tensor in make_tensors().items()}
+    assert fingerprint_of(tmp_path / "bf16", model=halved) == expected
+
+
+def test_shards_have_the_fingerprint_of_the_single_file(tmp_path, expected):
+    names = list(make_tensors())
+    shards = {
+        "model-00001-of-00002": {name: make_tensors()[name] for name in names[1:3]},
+        "model-00002-of-00002": {name: make_tensors()[name] for name in (names[0], names[3])},
+    }
+    assert fingerprint_of(tmp_path / "sharded", **shards) == expected
+
+
+def test_a_tied_lm_head_does_not_count(tmp_path, expected):
+    tied = make_tensors() | {"lm_head.weight": torch.ones(30, 8)}
+    assert fingerprint_of(tmp_path / "tied", model=tied) == expected
+
+
+@pytest.mark.parametrize("name", list(make_tensors()))
+def test_a_changed_weight_changes_the_fingerprint(tmp_path, expected, name):
+    tensors = make_tensors()
+    tensors[name].view(-1)[0] += 0.5
+    assert fingerprint_of(tmp_path / "tuned", model=tensors) != expected
+
+
+def test_a_renamed_removed_or_reshaped_tensor_changes_the_fingerprint(tmp_path, expected):
+    renamed, removed, reshaped = make_tensors(), make_tensors(), make_tensors()
+    renamed["model.final_norm.weight"] = renamed.pop("model.norm.weight")
+    del removed["model.norm.weight"]
+    reshaped["model.layers.0.mlp.weight"] = reshaped["model.layers.0.mlp.weight"][:8].clone()
+    found = [
+        fingerprint_of(tmp_path / f"other{index}", model=tensors)
+        for index, tensors in enumerate((renamed, removed, reshaped))
+    ]
+    assert len({expected, *found}) == 4
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor(3),
+        torch.zeros(0),
+        torch.zeros(0, 4),
+        torch.ones(4, 2, dtype=torch.bool),
+        torch.ones(4, 2, dtype=torch.uint8),
+        torch.ones(4, 2).to(torch.float8_e4m3fn),
+        torch.ones(2, 3, 4, 5),
+    ],
+    ids=lambda tensor: f"{tensor.dtype}{list(tensor.shape)}",
+)
+def test_every_kind_of_tensor_has_a_fingerprint(tmp_path, tensor):
+    assert fingerprint_of(tmp_path / "odd", model={"odd": tensor})
+
+
+def test_without_safetensors_there_is_no_fingerprint(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    assert fingerprint_model(tmp_path) is None
+    assert fingerprint_model(tmp_path / "nowhere") is None
