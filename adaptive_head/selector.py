@@ -15,6 +15,8 @@ import torch
 from adaptive_head import policies
 from adaptive_head.head import AdaptiveHead, gumbel_noise, select_argmax, select_sample
 from adaptive_head.options import Options, PolicyName
+from adaptive_head.phases import PhaseTracker
+from adaptive_head.transfer import upload
 
 # Temperatures travel to the API process as integers: exact in decimal, and small on the wire.
 MICRO = 1_000_000
@@ -33,8 +35,6 @@ class Column(IntEnum):
     PARAMETER_0 = 6
     PARAMETER_1 = 7
     PARAMETER_2 = 8
-    MARKER = 9
-    START = 10
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class TemperatureSelector:
         self._seeds = torch.zeros(num_slots, dtype=torch.int64, device=device)
         # What a sequence-level request has chosen, NaN until it has.
         self._chosen = torch.full((num_slots,), torch.nan, device=device)
-        self._is_answer = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        self._phases = PhaseTracker(num_slots, device)
 
     def grow(self) -> range:
         """Double the number of slots, keeping what they hold.
@@ -114,7 +114,7 @@ class TemperatureSelector:
         self._options = torch.cat([self._options, torch.zeros_like(self._options)])
         self._seeds = torch.cat([self._seeds, torch.zeros_like(self._seeds)])
         self._chosen = torch.cat([self._chosen, torch.full_like(self._chosen, torch.nan)])
-        self._is_answer = torch.cat([self._is_answer, torch.zeros_like(self._is_answer)])
+        self._phases.grow()
         return range(num_slots, 2 * num_slots)
 
     def add(self, slot: int, options: Options | None, seed: int | None) -> bool:
@@ -142,14 +142,14 @@ class TemperatureSelector:
         row[Column.MIN] = options.min
         row[Column.MAX] = options.max
         row[Column.PARAMETER_0 : Column.PARAMETER_0 + len(options.parameters)] = options.parameters
-        row[Column.MARKER] = options.marker_token_id
-        row[Column.START] = options.start_token_id
         self._options_np[slot] = row
         self._policy_np[slot] = policy
         self._seeds_np[slot] = (
             np.random.randint(np.iinfo(np.int64).max) if seed is None else np.int64(seed)
         )
         self._staged.add(slot)
+        if options.policy == "two_phase":
+            self._phases.add(slot, options.marker_token_ids, options.start_token_ids)
         return True
 
     def flush(self) -> None:
@@ -158,11 +158,12 @@ class TemperatureSelector:
             return
         slots_np = np.fromiter(self._staged, dtype=np.int64)
         self._staged.clear()
-        slots = self._upload(slots_np)
-        self._options.index_copy_(0, slots, self._upload(self._options_np[slots_np]))
-        self._seeds.index_copy_(0, slots, self._upload(self._seeds_np[slots_np]))
+        slots = upload(slots_np, self.device)
+        options = upload(self._options_np[slots_np], self.device)
+        self._options.index_copy_(0, slots, options)
+        self._seeds.index_copy_(0, slots, upload(self._seeds_np[slots_np], self.device))
         self._chosen.index_fill_(0, slots, torch.nan)
-        self._is_answer.index_fill_(0, slots, False)
+        self._phases.flush()
 
     def is_adaptive(self, slot: int) -> bool:
         """Whether the slot holds an adaptive request."""
@@ -178,12 +179,8 @@ class TemperatureSelector:
         A prompt can carry the marker (a template that switches thinking off), and so can the
         output so far of a request that resumes. Call after `flush`.
         """
-        if self._policy_np[slot] != self._policy_index["two_phase", "two_phase"]:
-            return
-        marker = int(self._options_np[slot, Column.MARKER])
-        start = int(self._options_np[slot, Column.START])
-        last = next((token for token in reversed(token_ids) if token in (marker, start)), start)
-        self._is_answer[slot].fill_(last == marker)
+        if self._policy_np[slot] == self._policy_index["two_phase", "two_phase"]:
+            self._phases.start_phase(slot, token_ids)
 
     def park(self, slot: int) -> torch.Tensor:
         """The sequence-level choice of a request that leaves its slot; float32, 0-d, on device."""
@@ -218,7 +215,7 @@ class TemperatureSelector:
             return self._policies[present[0]](step, options)
         temperatures = torch.full_like(options[:, Column.POLICY], torch.nan)
         # A slot that now holds an ordinary request may still have an adaptive one's options.
-        policy = self._upload(self._policy_np[step.slots_np])
+        policy = upload(self._policy_np[step.slots_np], self.device)
         for index in present:
             chosen = self._policies[index](step, options)
             temperatures = torch.where(policy == int(index), chosen, temperatures)
@@ -265,12 +262,7 @@ class TemperatureSelector:
         )
 
     def _two_phase(self, step: Step, options: torch.Tensor) -> torch.Tensor:
-        earlier = self._is_answer[step.slots]
-        is_end = step.input_ids == options[:, Column.MARKER].long()
-        is_start = step.input_ids == options[:, Column.START].long()
-        # An unfinished prefill shows one token of many: the host has read them all.
-        is_answer = torch.where(step.is_ready, (earlier | is_end) & ~is_start, earlier)
-        self._is_answer[step.slots] = is_answer
+        is_answer = self._phases.step(step.slots, step.input_ids, step.is_ready)
         return policies.two_phase_temperature(
             is_answer, options[:, Column.PARAMETER_0], options[:, Column.PARAMETER_1]
         )
@@ -278,12 +270,6 @@ class TemperatureSelector:
     @staticmethod
     def _constant(_step: Step, options: torch.Tensor) -> torch.Tensor:
         return options[:, Column.PARAMETER_0]
-
-    def _upload(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def to_micro(temperatures: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,15 @@
 """The endpoint plugin that vLLM loads into its API process."""
 
 from argparse import Namespace
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
-from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.logger import init_logger
@@ -24,6 +27,8 @@ from server.routes import make_router
 # A custom vLLM logger name must start with "vllm" for its configuration to apply.
 logger = init_logger("vllm.adaptive")
 
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
+
 
 class AdaptiveServingResponses(OpenAIServingResponses):
     """vLLM's handler for responses, whose finished ones say what their temperatures were.
@@ -32,12 +37,12 @@ class AdaptiveServingResponses(OpenAIServingResponses):
     """
 
     async def responses_full_generator(
-        self, request, *args, **kwargs
+        self, request: ResponsesRequest, *args: Any, **kwargs: Any
     ) -> ErrorResponse | ResponsesResponse:
         response = await super().responses_full_generator(request, *args, **kwargs)
         report = request.report if isinstance(request, AdaptiveFields) else None
-        is_described = report is not None and report.detail != "none"
-        if is_described and isinstance(response, ResponsesResponse):
+        is_described = isinstance(response, ResponsesResponse)
+        if is_described and report is not None and report.detail != "none":
             response.adaptive = report[0].describe()
         return response
 
@@ -51,6 +56,7 @@ class AdaptiveEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Register the routes; vLLM lets them replace its own of the same path."""
         app.include_router(make_router())
+        app.router.lifespan_context = announce_after(app.router.lifespan_context)
 
     async def init_state(self, engine_client: EngineClient, state: State, args: Namespace) -> None:
         """Prepare the routes' state, once the engine is up.
@@ -82,7 +88,6 @@ class AdaptiveEndpoints:
         state.openai_serving_completion.engine_client = proxy
         state.openai_serving_responses.engine_client = proxy
         state.openai_serving_responses.__class__ = AdaptiveServingResponses
-        announce(state.adaptive, args)
 
 
 def require_engine_side(worker_cls: object, scheduler_cls: object) -> None:
@@ -100,6 +105,18 @@ def require_engine_side(worker_cls: object, scheduler_cls: object) -> None:
                 f"the adaptive plugin needs {option} {wanted}, found {found}; "
                 "start with adaptive-serve, or add the option"
             )
+
+
+def announce_after(lifespan: Lifespan) -> Lifespan:
+    """The application's lifespan, announced at its start: the last that a start-up prints."""
+
+    @asynccontextmanager
+    async def announced(app: FastAPI) -> AsyncIterator[Any]:
+        async with lifespan(app) as state:
+            announce(app.state.adaptive, app.state.args)
+            yield state
+
+    return announced
 
 
 def announce(state: AdaptiveState, args: Namespace) -> None:

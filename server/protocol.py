@@ -1,7 +1,7 @@
 """Requests as clients send them: vLLM's own, with `temperature: "adaptive"` and `adaptive`."""
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -27,6 +27,9 @@ class AdaptiveFields(BaseModel):
         default=None, description='How to choose, with temperature "adaptive".'
     )
     _report: Report | None = PrivateAttr(default=None)
+
+    if TYPE_CHECKING:
+        model: str | None
 
     @model_validator(mode="before")
     @classmethod

@@ -1,7 +1,7 @@
 """What an answer says of its temperatures, gathered while the engine generates it."""
 
 from collections.abc import Iterator
-from typing import Any, SupportsIndex
+from typing import Any
 
 from vllm.outputs import CompletionOutput, RequestOutput
 
@@ -103,7 +103,7 @@ class Report:
         """The next prompt of the request is about to be generated."""
         choices = [ChoiceReport(self.options, self.detail) for _ in range(self._num_choices)]
         self._choices += choices
-        return PromptReport(self.options, choices, self._metrics)
+        return PromptReport(self.options, self.detail, choices, self._metrics)
 
     def __getitem__(self, index: int) -> ChoiceReport:
         """The report of the response's choice `index`."""
@@ -115,9 +115,14 @@ class PromptReport:
     sampling parameters, which is what ties an output to the response it belongs to."""
 
     def __init__(
-        self, options: Options, choices: list[ChoiceReport], metrics: AdaptiveMetrics
+        self,
+        options: Options,
+        detail: ReportDetail,
+        choices: list[ChoiceReport],
+        metrics: AdaptiveMetrics,
     ) -> None:
         self.options = options
+        self._detail = detail
         self._choices = choices
         self._metrics = metrics
         self._uncounted: dict[int, int] = {}
@@ -129,13 +134,11 @@ class PromptReport:
 
     def read(self, output: RequestOutput) -> None:
         """Take the temperatures off an output, count them, and remember them."""
-        lens = []
         for completion in output.outputs:
             micros = take_choices(completion) or []
             assert len(micros) == len(completion.token_ids)
             choice = self._choices[completion.index]
             choice.add(micros)
-            lens.append(len(micros))
             for micro in micros:
                 self._uncounted[micro] = self._uncounted.get(micro, 0) + 1
             self._num_uncounted += len(micros)
@@ -143,7 +146,8 @@ class PromptReport:
                 self._metrics.count_answer(self.options, choice.mean)
         if self._num_uncounted >= _MAX_UNCOUNTED_TOKENS or output.finished:
             self.flush()
-        output.outputs = _Outputs(output.outputs, lens, self._choices)
+        if self._detail == "tokens":
+            output.outputs = _Outputs(output.outputs, self._choices)
 
     def flush(self) -> None:
         """Move what has been counted into the metrics."""
@@ -160,19 +164,20 @@ class _Outputs(list[CompletionOutput]):
     that the arrival of a token says nothing about the chunk it will be in; its use does.
     """
 
-    def __init__(
-        self, outputs: list[CompletionOutput], lens: list[int], choices: list[ChoiceReport]
-    ) -> None:
+    def __init__(self, outputs: list[CompletionOutput], choices: list[ChoiceReport]) -> None:
         super().__init__(outputs)
-        self._lens = lens
-        self._choices = choices
+        self._choices: list[ChoiceReport] | None = choices
 
     def __iter__(self) -> Iterator[CompletionOutput]:
-        for position in range(len(self)):
-            yield self[position]
+        self._mark_ready()
+        return super().__iter__()
 
-    def __getitem__(self, position: SupportsIndex) -> CompletionOutput:  # type: ignore[override]
-        output = super().__getitem__(position)
-        num_tokens, self._lens[position] = self._lens[position], 0
-        self._choices[output.index].mark_ready(num_tokens)
-        return output
+    def __getitem__(self, position: Any) -> Any:
+        self._mark_ready()
+        return super().__getitem__(position)
+
+    def _mark_ready(self) -> None:
+        choices, self._choices = self._choices, None
+        if choices is not None:
+            for output in super().__iter__():
+                choices[output.index].mark_ready(len(output.token_ids))

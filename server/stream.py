@@ -61,7 +61,7 @@ async def write_events(
     The delta events list the temperatures; the summary is on the completed response.
     """
     async for event in events:
-        if show_tokens and event.type.endswith(".delta"):
-            if temperatures := report[0].take_ready():
-                event.adaptive = {"temperatures": temperatures}
+        is_delta = show_tokens and event.type.endswith(".delta")
+        if is_delta and (temperatures := report[0].take_ready()):
+            event.adaptive = {"temperatures": temperatures}
         yield event

@@ -23,10 +23,11 @@ class ChoiceLists:
         micros: int32 [num_requests], millionths; -1 for an ordinary request.
     """
 
-    __slots__ = ("_micros",)
+    __slots__ = ("_is_adaptive", "_micros")
 
     def __init__(self, micros: np.ndarray) -> None:
         self._micros = micros
+        self._is_adaptive = (micros != ORDINARY).tolist()
 
     def slice_request(self, req_idx: int, num_positions: int) -> SamplingMaskLists | None:
         """The choices of one request's new tokens; None for an ordinary request.
@@ -35,8 +36,9 @@ class ChoiceLists:
             num_positions: how many of the step's tokens were kept: 1, without speculation.
         """
         assert num_positions == 1
-        micros = self._micros[req_idx : req_idx + 1]
-        return None if micros[0] == ORDINARY else SamplingMaskLists(micros)
+        if not self._is_adaptive[req_idx]:
+            return None
+        return SamplingMaskLists(self._micros[req_idx : req_idx + 1])
 
     def __reduce__(self) -> tuple[type["ChoiceLists"], tuple[np.ndarray]]:
         return ChoiceLists, (self._micros,)

@@ -105,6 +105,25 @@ class AdaptiveRunnerV1(_Stock):
         return super()._update_states(scheduler_output)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+        with self._hold_unfinished_generators():
+            return self._sample_adaptive(grammar_output)
+
+    @contextmanager
+    def _hold_unfinished_generators(self) -> Iterator[None]:
+        """Keep the generators of rows whose prefill is unfinished out of the step.
+
+        vLLM draws from them and then rewinds them, which a generator on the CPU cannot do: a
+        seeded request in a chunked prefill would end the engine.
+        """
+        generators = self.input_batch.generators
+        unfinished = np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0]
+        held = {row: generators.pop(row) for row in unfinished.tolist() if row in generators}
+        try:
+            yield
+        finally:
+            generators.update(held)
+
+    def _sample_adaptive(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
         state = self.execute_model_state
         is_adaptive = state is not None and any(
             req_id in self._slots for req_id in self.input_batch.req_ids
