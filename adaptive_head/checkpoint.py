@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import safetensors
 import torch
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from adaptive_head.head import AdaptiveHead, HeadConfig, check_temperatures
 from adaptive_head.options import Level
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 METADATA_FILE = "head.json"
 WEIGHTS_FILE = "head.safetensors"
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -38,7 +39,7 @@ def fingerprint_model(folder: Path) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _describe(tensor_slice) -> bytes:
+def _describe(tensor_slice: Any) -> bytes:
     shape = tensor_slice.get_shape()
     values = tensor_slice[:1] if len(shape) > 1 else tensor_slice[...]
     values = values.flatten()[:_NUM_VALUES]

@@ -6,6 +6,7 @@ Dhuliawala et al. 2024, "Adaptive Decoding via Latent Preference Optimization", 
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import nn
@@ -75,18 +76,25 @@ class AdaptiveHead(nn.Module):
         # Training responses are sampled from the untrained head, which the paper needs to be
         # close to uniform over the temperatures: the last layer starts a hundredfold smaller.
         generator = torch.Generator().manual_seed(seed)
-        for layer in self.layers:
+        layers = self._linears()
+        for layer in layers:
             bound = 1 / math.sqrt(layer.in_features)
-            if layer is self.layers[-1]:
+            if layer is layers[-1]:
                 bound *= 0.01
             nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
             nn.init.zeros_(layer.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        x = hidden.to(self.layers[0].weight.dtype)
-        for layer in self.layers[:-1]:
+        *inner, last = self._linears()
+        x = hidden.to(last.weight.dtype)
+        for layer in inner:
             x = nn.functional.silu(layer(x))
-        return self.layers[-1](x).float()
+        logits: torch.Tensor = last(x)
+        return logits.float()
+
+    def _linears(self) -> list[nn.Linear]:
+        # To torch's annotations a ModuleList holds modules of any kind.
+        return cast(list[nn.Linear], list(self.layers))
 
 
 def select_argmax(logits: torch.Tensor) -> torch.Tensor:

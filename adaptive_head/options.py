@@ -155,13 +155,7 @@ class Options:
 
 
 _OPTIONS = TypeAdapter(Options)
-_NUM_PARAMETERS: dict[PolicyName, int] = {
-    "head": 0,
-    "entropy": 2,
-    "schedule": 3,
-    "two_phase": 2,
-    "constant": 1,
-}
+_NUM_PARAMETERS = {"head": 0, "entropy": 2, "schedule": 3, "two_phase": 2, "constant": 1}
 
 
 def parse_request(value: Any) -> AdaptiveRequest:

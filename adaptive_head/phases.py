@@ -31,9 +31,9 @@ class PhaseTracker:
         self._markers_np = np.full(shape, NOTHING, dtype=np.int64)
         self._staged: set[int] = set()
         # int64 [slots, 2, 8]: END and START, right-aligned; all NOTHING where there is none.
-        self._markers = torch.full(shape, NOTHING, device=device)
+        self._markers = torch.full(shape, NOTHING, dtype=torch.int64, device=device)
         # int64 [slots, 8]: the latest tokens, the newest last, without the one to be fed next.
-        self._recent = torch.full((num_slots, MAX_MARKER_TOKENS), NOTHING, device=device)
+        self._recent = torch.full_like(self._markers[:, 0], NOTHING)
         self._is_answer = torch.zeros(num_slots, dtype=torch.bool, device=device)
 
     def grow(self) -> None:

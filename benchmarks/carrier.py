@@ -28,9 +28,7 @@ def main(
     num_requests: Annotated[int, typer.Option(help="Requests in a step.")] = 256,
     num_steps: Annotated[int, typer.Option(help="Steps of a run.")] = 100,
     num_pairs: Annotated[int, typer.Option(help="Runs with and without, in turns.")] = 15,
-    detail: Annotated[
-        str, typer.Option(help="The requests' report: summary or tokens.")
-    ] = "tokens",
+    detail: Annotated[Literal["summary", "tokens"], typer.Option(help="`report`.")] = "tokens",
 ) -> None:
     """Print microseconds a token as JSON: the median of paired runs, and their spread."""
     extra = []

@@ -1,7 +1,7 @@
 """Requests as clients send them: vLLM's own, with `temperature: "adaptive"` and `adaptive`."""
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -38,7 +38,8 @@ class AdaptiveFields(BaseModel):
             _check_temperature(data.get("temperature"))
             if data.get("adaptive") is not None:
                 _check_options(data["adaptive"])
-            if EXTRA_ARGS_KEY in (data.get("vllm_xargs") or ()):
+            xargs = data.get("vllm_xargs")
+            if isinstance(xargs, dict) and EXTRA_ARGS_KEY in xargs:
                 raise VLLMValidationError(
                     "use the request's own field `adaptive`",
                     parameter=f"vllm_xargs.{EXTRA_ARGS_KEY}",
@@ -69,19 +70,19 @@ class AdaptiveFields(BaseModel):
 class AdaptiveChatCompletionRequest(AdaptiveFields, ChatCompletionRequest):
     """`/v1/chat/completions`"""
 
-    field_names = None
+    field_names: ClassVar[set[str] | None] = None
 
 
 class AdaptiveCompletionRequest(AdaptiveFields, CompletionRequest):
     """`/v1/completions`"""
 
-    field_names = None
+    field_names: ClassVar[set[str] | None] = None
 
 
 class AdaptiveResponsesRequest(AdaptiveFields, ResponsesRequest):
     """`/v1/responses`"""
 
-    field_names = None
+    field_names: ClassVar[set[str] | None] = None
 
 
 def _check_temperature(value: Any) -> None:
@@ -108,5 +109,6 @@ def _check_options(value: Any) -> None:
 
 def invalid_option(error: OptionError) -> VLLMValidationError:
     """The 400 for an option that cannot be served; `param` is its path in the body."""
-    path = ".".join(filter(None, (ADAPTIVE, error.field)))
+    # A client may send a field whose name is megabytes long.
+    path = ".".join(filter(None, (ADAPTIVE, error.field)))[:100]
     return VLLMValidationError(f"{path}: {error}", parameter=path)

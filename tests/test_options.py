@@ -16,7 +16,19 @@ class FakeHead(NamedTuple):
 
 
 HEADS = {"default": FakeHead("token"), "whole": FakeHead("sequence")}
-MARKERS = {"</think>": [7], "<think>": [6], "[/THINK]": [9], "</two>": [1, 2], "</end>": [8]}
+MARKERS = {
+    "</think>": [7],
+    "<think>": [6],
+    "[/THINK]": [9],
+    "</three>": [1, 2, 3],
+    "<three>": [4, 3],
+    "</eight>": [*range(8)],
+    "<eight>": [*range(9)],
+    "</nine>": [*range(9)],
+    "</end>": [(1 << 31) - 1],
+    "<end>": [],
+    "</>": [],
+}
 
 
 def tokenize(marker: str) -> list[int]:
@@ -101,7 +113,7 @@ INVALID = [
     ("two_phase", "two_phase", ["</think>", [], True]),
     ("two_phase.thinking", "two_phase", [None, *NOT_TEMPERATURES]),
     ("two_phase.answer", "two_phase", [None, *NOT_TEMPERATURES]),
-    ("two_phase.marker", "two_phase", ["", "x" * 65, "\ud800", None, 7, True, "</two>", "a b"]),
+    ("two_phase.marker", "two_phase", ["", "x" * 65, "\ud800", None, 7, True, "</nine>", "</>"]),
     ("constant", "constant", [0.7, [], True]),
     ("constant.temperature", "constant", [None, *NOT_TEMPERATURES]),
 ]
@@ -242,17 +254,44 @@ def test_another_policy_s_parameters_are_refused(policy, other):
 
 
 @pytest.mark.parametrize(
-    ("marker", "end", "start"), [("</think>", 7, 6), ("[/THINK]", 9, -1), ("</end>", 8, -1)]
+    ("marker", "end", "start"),
+    [
+        ("</think>", (7,), (6,)),
+        ("[/THINK]", (9,), ()),
+        ("</end>", ((1 << 31) - 1,), ()),
+        ("</three>", (1, 2, 3), (4, 3)),
+        ("</eight>", tuple(range(8)), ()),
+    ],
 )
-def test_a_marker_becomes_its_token_and_that_of_its_opening_twin(marker, end, start):
+def test_a_marker_becomes_its_tokens_and_those_of_its_opening_twin(marker, end, start):
     options = resolve({"policy": "two_phase", "two_phase": {"marker": marker}})
-    assert (options.marker_token_id, options.start_token_id) == (end, start)
+    assert (options.marker_token_ids, options.start_token_ids) == (end, start)
 
 
-def test_a_marker_of_several_tokens_is_refused():
-    error = refusal({"policy": "two_phase", "two_phase": {"marker": "</two>"}})
+@pytest.mark.parametrize(("marker", "count"), [("</nine>", 9), ("</>", 0)])
+def test_a_marker_of_too_many_tokens_or_none_is_refused(marker, count):
+    error = refusal({"policy": "two_phase", "two_phase": {"marker": marker}})
     assert error.field == "two_phase.marker"
-    assert "2 tokens" in str(error)
+    assert f"{marker!r} is {count} tokens" in str(error)
+    assert "1 to 8 tokens" in str(error)
+
+
+def test_a_refused_marker_is_not_quoted_at_length():
+    value = {"policy": "two_phase", "two_phase": {"marker": "\U0010ffff" * 64}}
+    assert len(str(refusal(value, tokenizer=lambda marker: [1] * 500))) < 300
+
+
+def test_only_two_phase_has_markers():
+    for policy in ("head", "entropy", "schedule", "constant"):
+        options = resolve({"policy": policy})
+        assert options.marker_token_ids == options.start_token_ids == ()
+
+
+def test_markers_travel_as_lists():
+    value = {"policy": "two_phase", "two_phase": {"marker": "</three>"}}
+    entry = resolve(value).to_extra_args()["adaptive"]
+    assert (entry["marker_token_ids"], entry["start_token_ids"]) == ([1, 2, 3], [4, 3])
+    assert entry["parameters"] == [1.0, 0.3]
 
 
 def test_two_phase_without_a_tokenizer_is_refused():
@@ -282,7 +321,10 @@ def valid_requests(draw) -> dict:
             {"start": temperatures, "end": temperatures, "tokens": st.integers(1, 10**7)}
         ),
         "two_phase": st.fixed_dictionaries(
-            {"thinking": temperatures, "marker": st.sampled_from(["</think>", "</end>"])}
+            {
+                "thinking": temperatures,
+                "marker": st.sampled_from(["</think>", "</end>", "</eight>"]),
+            }
         ),
         "constant": st.fixed_dictionaries({"temperature": temperatures}),
     }
@@ -342,9 +384,18 @@ def test_an_entry_of_another_shape_is_refused(junk):
         ("parameters", [1.0, 1.0, 1.0]),
         ("parameters", [1.0, math.nan]),
         ("parameters", [1.0, {}]),
-        ("marker_token_id", "x"),
-        ("marker_token_id", -2),
-        ("start_token_id", 1 << 63),
+        ("marker_token_ids", None),
+        ("marker_token_ids", 7),
+        ("marker_token_ids", "x"),
+        ("marker_token_ids", ["7"]),
+        ("marker_token_ids", [7.0]),
+        ("marker_token_ids", [True]),
+        ("marker_token_ids", [-1]),
+        ("marker_token_ids", [1] * 9),
+        ("marker_token_ids", [[1]]),
+        ("start_token_ids", [1, 1 << 31]),
+        ("start_token_ids", [1 << 63]),
+        ("start_token_ids", [1] * 9),
     ],
 )
 def test_an_entry_with_a_wrong_value_is_refused(field, junk):

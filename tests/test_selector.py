@@ -1,6 +1,6 @@
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 
 import numpy as np
@@ -51,8 +51,8 @@ def make_options(policy="constant", name=None, **changes) -> Options:
         "min": 0.0,
         "max": 10.0,
         "parameters": parameters[policy],
-        "marker_token_id": MARKER if is_two_phase else -1,
-        "start_token_id": START if is_two_phase else -1,
+        "marker_token_ids": (MARKER,) if is_two_phase else (),
+        "start_token_ids": (START,) if is_two_phase else (),
     }
     return Options(policy=policy, name=name or policy, **values | changes)
 
@@ -113,16 +113,24 @@ def slow_policy(row: Row, options: Options) -> float:
             num_generated = max(row.position + 1 - request.prompt_len, 0)
             return reference.schedule_temperature(num_generated, *options.parameters)
         case "two_phase":
-            return options.parameters[is_thinking_over(request.tokens[: row.position + 1])]
+            return options.parameters[is_thinking_over(request.tokens[: row.position + 1], options)]
         case "constant":
             return options.parameters[0]
 
 
-def is_thinking_over(tokens: list[int]) -> bool:
+def is_thinking_over(tokens: list[int], options: Options) -> bool:
+    """What the last marker of a text says, looking for one behind each of its tokens."""
     is_over = False
-    for token in tokens:
-        is_over = (is_over or token == MARKER) and token != START
+    for length in range(1, len(tokens) + 1):
+        if ends_with(tokens[:length], options.marker_token_ids):
+            is_over = True
+        elif ends_with(tokens[:length], options.start_token_ids):
+            is_over = False
     return is_over
+
+
+def ends_with(tokens: list[int], marker: tuple[int, ...]) -> bool:
+    return bool(marker) and tuple(tokens[-len(marker) :]) == marker
 
 
 def make_step(rows: list[Row]) -> Step:
@@ -182,6 +190,9 @@ def random_options(rng: random.Random) -> Options | None:
         "constant": (rng.uniform(0, 2),),
     }
     changes["parameters"] = parameters[policy]
+    if policy == "two_phase":
+        changes["marker_token_ids"] = rng.choice([(MARKER,), (1, 2), (1, 1, MARKER), (2,) * 4])
+        changes["start_token_ids"] = rng.choice([(START,), (2, 1), (), (MARKER, START, START)])
     if policy == "head":
         changes["select"] = rng.choice(["argmax", "sample"])
         return make_options("head", rng.choice(list(HEADS)), **changes)
@@ -200,7 +211,7 @@ class Simulation:
         self.preempted: list[tuple[Request, torch.Tensor]] = []
 
     def random_tokens(self, count: int) -> list[int]:
-        return [self.rng.choice([1, 2, 3, 4, START, MARKER]) for _ in range(count)]
+        return [self.rng.choice([1, 2, START, MARKER]) for _ in range(count)]
 
     def admit(self) -> None:
         if not self.free and len(self.running) < 16:
@@ -486,7 +497,7 @@ def test_the_prompt_s_last_marker_says_which_phase_begins(selector, prompt, temp
 
 
 def test_without_a_start_token_an_answer_stays_an_answer(selector):
-    options = make_options("two_phase", start_token_id=-1)
+    options = make_options("two_phase", start_token_ids=())
     row = add(selector, 0, options, tokens=[START, MARKER, START, 4])
     assert select(selector, row) == approximately([0.3])
     assert select(selector, generate(row, START)) == approximately([0.3])
@@ -512,6 +523,146 @@ def test_a_recycled_slot_thinks_anew(selector):
     selector.add(0, make_options("two_phase"), 0)
     selector.flush()
     assert select(selector, Row(Request(None, 0, [1], 1), 0, 0)) == approximately([1.0])
+
+
+def test_several_slots_have_markers_of_their_own(selector):
+    markers = [(MARKER,), (1, MARKER), (1, 1, MARKER), (MARKER, MARKER), ()]
+    rows = [
+        add(selector, slot, make_options("two_phase", marker_token_ids=marker), tokens=[1])
+        for slot, marker in enumerate(markers)
+    ]
+    rows.append(add(selector, 6, make_options(), tokens=[1]))
+    select(selector, *rows)
+    chosen = []
+    for token in (MARKER, MARKER, START, 1, 1, MARKER):
+        rows = [generate(row, token) for row in rows]
+        chosen.append(select(selector, *rows))
+    assert chosen == [
+        approximately([0.3, 0.3, 1.0, 1.0, 1.0, 0.7]),
+        approximately([0.3, 0.3, 1.0, 0.3, 1.0, 0.7]),
+        *[approximately([1.0, 1.0, 1.0, 1.0, 1.0, 0.7])] * 3,
+        approximately([0.3, 0.3, 0.3, 1.0, 1.0, 0.7]),
+    ]
+
+
+def keep(_selector: TemperatureSelector, row: Row) -> Row:
+    return row
+
+
+def recompute(selector: TemperatureSelector, row: Row) -> Row:
+    """Preempt a request the way of the V1 runner: it keeps its slot and is prefilled anew."""
+    for position in range(row.position):
+        select(selector, replace(row, position=position, is_ready=False))
+    return row
+
+
+def resume(selector: TemperatureSelector, row: Row) -> Row:
+    """Preempt a request the way of the V2 runner: it comes back, all prompt, to another slot."""
+    moved = add(selector, row.slot + 1, row.request.options, tokens=row.request.tokens)
+    add(selector, row.slot, make_options("two_phase", marker_token_ids=(1,)), tokens=[1])
+    return recompute(selector, moved)
+
+
+INTERRUPTIONS = [keep, recompute, resume]
+
+
+def assert_phases(options: Options, tokens: list[int], prompt_len: int, interruptions) -> None:
+    """Compare with the reference, where interruption i comes before generated token i + 1."""
+    selector = TemperatureSelector({}, len(tokens) + 1, CPU)
+    row = add(selector, 0, options, tokens=tokens[:prompt_len])
+    chosen = select(selector, row)
+    for token, interrupt in zip(tokens[prompt_len:], interruptions, strict=True):
+        row = interrupt(selector, generate(row, token))
+        chosen += select(selector, row)
+    texts = [tokens[:length] for length in range(prompt_len, len(tokens) + 1)]
+    over = [options.parameters[is_thinking_over(text, options)] for text in texts]
+    assert chosen == approximately(over)
+
+
+A, B, C, D = 1, 2, 3, 4
+
+
+@pytest.mark.parametrize("interrupt", INTERRUPTIONS)
+@pytest.mark.parametrize(
+    ("end", "start", "tokens", "num_over"),
+    [
+        ((A, A, B), (), [A, A, A, B, C], 2),
+        ((A, A, A), (), [A, A, B, A, A, A, A], 2),
+        ((A, B, A, B, C), (), [A, B, A, B, A, B, C, D], 2),
+        ((A, B, C), (), [A, B, D, C, A, C, B, C], 0),
+        ((A, B, C), (D, B, C), [D, B, C, A, B, C, D, B, C, A, B, C, A], 5),
+        ((A, B), (B, A), [C, A, B, A, B, A, C], 2),
+        ((A, B, C), (B,), [A, B, C, B, A, B, C, D], 3),
+        ((C,), (A, B), [A, C, B, A, B, C], 4),
+        ((A, B, C, D, D, C, B, A), (D, D), [A, A, B, C, D, D, C, B, A, B, D], 3),
+        ((), (A,), [A, B, C], 0),
+        # Identifiers that a float32 does not tell apart.
+        ((1 << 24, (1 << 31) - 1), (), [(1 << 24) + 1, (1 << 31) - 1, 1 << 24, (1 << 31) - 1], 1),
+        # Both end at the same token: an unknown word, to a tokenizer that knows neither.
+        ((A, B), (B,), [A, B, C, B, C], 2),
+        ((A,), (A,), [B, A, B], 2),
+    ],
+)
+def test_a_marker_is_found_wherever_the_prompt_ends(interrupt, end, start, tokens, num_over):
+    options = make_options("two_phase", marker_token_ids=end, start_token_ids=start)
+    lengths = range(1, len(tokens) + 1)
+    assert sum(is_thinking_over(tokens[:length], options) for length in lengths) == num_over
+    for prompt_len in lengths:
+        assert_phases(options, tokens, prompt_len, [interrupt] * (len(tokens) - prompt_len))
+
+
+@settings(max_examples=300, **FIXED)
+@given(st.data())
+def test_any_markers_are_found_through_any_interruptions(data):
+    letters = st.integers(0, 1)
+    options = make_options(
+        "two_phase",
+        marker_token_ids=tuple(data.draw(st.lists(letters, max_size=8))),
+        start_token_ids=tuple(data.draw(st.lists(letters, max_size=8))),
+    )
+    pieces = st.lists(letters, max_size=3) | st.sampled_from(
+        [list(options.marker_token_ids), list(options.start_token_ids)]
+    )
+    tokens = sum(data.draw(st.lists(pieces, max_size=6)), [0])
+    prompt_len = data.draw(st.integers(1, len(tokens)))
+    num_generated = len(tokens) - prompt_len
+    interruptions = st.lists(
+        st.sampled_from(INTERRUPTIONS), min_size=num_generated, max_size=num_generated
+    )
+    assert_phases(options, tokens, prompt_len, data.draw(interruptions))
+
+
+def test_a_recycled_slot_forgets_half_a_marker(selector):
+    options = make_options("two_phase", marker_token_ids=(1, MARKER))
+    add(selector, 0, options, tokens=[1, 1])
+    assert select(selector, add(selector, 0, options, tokens=[MARKER])) == approximately([1.0])
+    add(selector, 0, options, tokens=[1, 1])
+    selector.add(0, options, 0)
+    selector.flush()
+    assert select(selector, Row(Request(None, 0, [MARKER], 1), 0, 0)) == approximately([1.0])
+
+
+def test_growing_keeps_half_a_marker(selector):
+    options = make_options("two_phase", marker_token_ids=(1, 2, MARKER))
+    row = add(selector, 3, options, tokens=[1])
+    select(selector, row)
+    select(selector, row := generate(row, 2))
+    selector.grow()
+    added = add(selector, 12, options, tokens=[1, 2, MARKER])
+    assert select(selector, generate(row, MARKER), added) == approximately([0.3, 0.3])
+
+
+def test_nothing_waits_for_the_device(monkeypatch):
+    # A tensor without data: whatever the host would read of it raises.
+    meta = torch.device("meta")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    selector = TemperatureSelector({"first": make_head((0.0, 1.0), seed=1)}, 2, meta)
+    batch = [make_options("two_phase"), make_options("head", "first", select="sample")]
+    rows = [add(selector, slot, options) for slot, options in enumerate(batch)]
+    selector.grow()
+    step = make_step([*rows, add(selector, 2, None)])
+    tensors = {k: v.to(meta) for k, v in vars(step).items() if isinstance(v, torch.Tensor)}
+    assert selector.select(replace(step, **tensors)).shape == (3,)
 
 
 def test_start_phase_means_nothing_to_other_requests(selector):

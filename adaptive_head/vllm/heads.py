@@ -1,7 +1,7 @@
 """The heads of an engine, loaded and checked against the model that it serves."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 logger = init_logger(__name__)
-_POLICIES = frozenset(PolicyName.__args__)
+_POLICIES = frozenset(get_args(PolicyName))
 
 
 def load_heads(settings: AdaptiveSettings, model_config: "ModelConfig") -> dict[str, LoadedHead]:
@@ -75,5 +75,12 @@ def read_options(sampling_params: "SamplingParams", heads: dict[str, LoadedHead]
         return None
     if options is not None and options.policy == "head" and options.name not in heads:
         logger.error("Ignoring a request's adaptive options: no head %r", options.name)
+        return None
+    # Another one would be applied as well, and a greedy batch has none that ours could replace.
+    if options is not None and sampling_params.temperature != 1.0:
+        logger.error(
+            "Ignoring a request's adaptive options: its own temperature is %g, not 1",
+            sampling_params.temperature,
+        )
         return None
     return options

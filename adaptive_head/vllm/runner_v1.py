@@ -25,7 +25,7 @@ from adaptive_head.vllm.compat import UnsupportedError, check_parameters
 from adaptive_head.vllm.heads import read_options
 
 if TYPE_CHECKING:
-    _Stock = GPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Stock
 else:
     _Stock = object
 
@@ -66,6 +66,8 @@ class AdaptiveSamplerV1(Sampler):
 
 class AdaptiveRunnerV1(_Stock):
     """Mixed into vLLM's V1 model runner."""
+
+    sampler: Sampler
 
     def load_heads(self, heads: dict[str, LoadedHead]) -> None:
         """Exchange the sampler.

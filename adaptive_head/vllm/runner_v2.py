@@ -14,7 +14,7 @@ from adaptive_head.vllm.compat import UnsupportedError, check_parameters
 from adaptive_head.vllm.processor_v2 import AdaptiveTemperature
 
 if TYPE_CHECKING:
-    _Stock = GPUModelRunner
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Stock
 else:
     _Stock = object
 

@@ -16,6 +16,9 @@ from tests.engine.tiny_model import VOCAB_SIZE, last_hidden_states
 RUNNERS = ("v1", "v2")
 PROMPTS = [[(7 * i + 3 * j + 5) % VOCAB_SIZE for j in range(9 + 11 * i)] for i in range(6)]
 MARKER, START = 77, 78
+# Of three tokens each, and overlapping: the end of the one can begin the other.
+LONG_MARKER, LONG_START = [81, 81, 82], [82, 81, 83]
+WORDS_MARKER, WORDS_START = [81, 82, 82], [82, 81, 81]
 
 
 class _Level:
@@ -27,7 +30,14 @@ HEADS = {"tok": _Level("token"), "seq": _Level("sequence")}
 
 
 def tokenize(marker):
-    return {"</think>": [MARKER], "<think>": [START]}[marker]
+    return {
+        "</think>": [MARKER],
+        "<think>": [START],
+        "</long>": LONG_MARKER,
+        "<long>": LONG_START,
+        "</two>": WORDS_MARKER,
+        "<two>": WORDS_START,
+    }[marker]
 
 
 def options_of(**fields) -> Options:
@@ -67,9 +77,6 @@ MIXED = [
     for options, prompt in zip(POLICIES, [*PROMPTS, PROMPTS[0]], strict=True)
     for request in (adaptive(prompt, options=options), ordinary(prompt))
 ]
-CHUNKED = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
-
-
 CONSTRAINED = [
     adaptive(PROMPTS[5]),
     adaptive(PROMPTS[5], options={"head": "seq"}),
@@ -88,13 +95,38 @@ PREEMPTED = [
 SAMPLED = adaptive(PROMPTS[2], seed=11, options={"select": "sample"})
 CROWD = [adaptive(prompt, seed=3, options={"select": "sample"}) for prompt in PROMPTS]
 TWO_PHASE = {"policy": "two_phase", "two_phase": {"thinking": 1.3, "answer": 0.2}}
+LONG_PHASES = {"policy": "two_phase", "two_phase": TWO_PHASE["two_phase"] | {"marker": "</long>"}}
 PHASES = {
     "no marker": adaptive(PROMPTS[1], options=TWO_PHASE),
     "over": adaptive([*PROMPTS[1], START, 9, MARKER, 4], options=TWO_PHASE),
     "begun again": adaptive([*PROMPTS[1], START, 9, MARKER, 4, START, 5], options=TWO_PHASE),
     # A bias this strong makes the model write the marker itself, at once.
     "written": adaptive(PROMPTS[1], options=TWO_PHASE, logit_bias={str(MARKER): 100.0}),
+    "long over": adaptive([*PROMPTS[3], *LONG_MARKER, 4], options=LONG_PHASES),
+    "long at the end": adaptive([*PROMPTS[1], 81, *LONG_MARKER], options=LONG_PHASES),
+    "long begun again": adaptive([*LONG_MARKER, 4, *LONG_START], options=LONG_PHASES),
+    "long interrupted": adaptive([81, 81, 9], options=LONG_PHASES, logit_bias={"82": 100.0}),
+    # The prompt ends within a marker, which the model completes at once.
+    "long written": adaptive(
+        [*PROMPTS[3], 81, 81, 81], options=LONG_PHASES, logit_bias={"82": 100.0}
+    ),
+    "long restarted": adaptive([*LONG_MARKER, 81], options=LONG_PHASES, logit_bias={"83": 100.0}),
 }
+# A model of two words writes these markers over and over, and is preempted within some.
+REWRITTEN = [
+    adaptive(
+        prompt,
+        seed=seed,
+        max_tokens=70,
+        logit_bias={"81": 100.0, "82": 100.0},
+        options={
+            "policy": "two_phase",
+            "two_phase": {"thinking": thinking, "answer": 8.0, "marker": "</two>"},
+        },
+    )
+    for seed, prompt in enumerate(PROMPTS[:4])
+    for thinking in (9.0, 10.0)
+]
 JUNK = [
     ordinary(PROMPTS[0], extra_args=extra_args)
     for extra_args in (
@@ -114,7 +146,7 @@ LOGPROBS = [
 BATCHES = {
     "plain": [ORDINARY, MIXED, [SAMPLED], [*CROWD, SAMPLED], [SAMPLED], [*JUNK, SAMPLED]],
     "chunked": [CONSTRAINED, list(PHASES.values())],
-    "preempting": [PREEMPTED],
+    "preempting": [PREEMPTED, REWRITTEN],
     "processed": [LOGPROBS],
 }
 ENGINES = {
@@ -208,7 +240,7 @@ def test_chunked_prefill_n_stop_logprobs_and_constraints(serve, model_of, networ
 
 def test_choices_survive_preemption(serve, model_of, networks):
     result = serve("preempting")
-    assert result["num_preemptions"] > 3
+    assert result["num_preemptions"] > 6
     for request, (answer,) in zip(PREEMPTED, result["answers"][0], strict=True):
         assert_aligned(request, answer, model_of, networks)
         if request["params"]["extra_args"]["adaptive"]["name"] == "seq":
@@ -216,7 +248,9 @@ def test_choices_survive_preemption(serve, model_of, networks):
 
 
 def test_processed_logprobs_are_those_of_each_tokens_own_temperature(serve, model_of):
-    for request, (answer,) in list(zip(LOGPROBS, serve("processed")["answers"][0], strict=True))[:2]:
+    for request, (answer,) in list(zip(LOGPROBS, serve("processed")["answers"][0], strict=True))[
+        :2
+    ]:
         _, logits = model_of(request["prompt"], answer["token_ids"])
         rows = zip(answer["token_ids"], answer["micros"], answer["logprobs"], logits, strict=True)
         for token, micro, logprobs, row in rows:
@@ -238,6 +272,24 @@ def test_two_phases_switch_after_the_marker(serve):
     assert set(micros["over"]) == {200_000}
     assert set(micros["begun again"]) == {1_300_000}
     assert micros["written"][0] == 1_300_000 and set(micros["written"][1:]) == {200_000}
+    assert set(micros["long over"]) == set(micros["long at the end"]) == {200_000}
+    assert set(micros["long begun again"]) == set(micros["long interrupted"]) == {1_300_000}
+    long_written, restarted = micros["long written"], micros["long restarted"]
+    assert long_written[0] == 1_300_000 and set(long_written[1:]) == {200_000}
+    assert restarted[0] == 200_000 and set(restarted[1:]) == {1_300_000}
+
+
+def test_long_markers_are_found_across_preemptions_as_two_phases_switch(serve):
+    for request, (answer,) in zip(REWRITTEN, serve("preempting")["answers"][1], strict=True):
+        options = Options.from_extra_args(request["params"]["extra_args"])
+        text, is_answer, expected = list(request["prompt"]), False, []
+        for token in answer["token_ids"]:
+            if text[-3:] in (WORDS_MARKER, WORDS_START):
+                is_answer = text[-3:] == WORDS_MARKER
+            expected.append(round(options.parameters[is_answer] * 1e6))
+            text.append(token)
+        assert answer["micros"] == expected
+        assert len(set(expected)) == 2, "the model has not written a marker"
 
 
 def test_wrong_options_cannot_end_the_engine(serve):

@@ -1,0 +1,131 @@
+"""Tokens per second with `temperature: "adaptive"` against `temperature: 0.7`.
+
+Runs in turns against one server, so that whatever else the machine does meets both alike. Starts
+`adaptive-serve` with the embedded model unless it is given the address of a running server.
+"""
+
+import asyncio
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import httpx
+import numpy as np
+import typer
+from rich.progress import track
+
+PROMPT = "Write a short story about a lighthouse keeper who finds a letter."
+BOOTSTRAP_SAMPLES = 10_000
+
+
+def main(
+    url: Annotated[str | None, typer.Option(help="A running server's address.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 16,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+    num_pairs: Annotated[int, typer.Option(help="Pairs of runs.")] = 20,
+    stream: Annotated[bool, typer.Option(help="Stream the answers.")] = False,
+    report: Annotated[Literal["none", "summary", "tokens"], typer.Option()] = "summary",
+) -> None:
+    """Print the ratio of tokens per second, adaptive to fixed, as JSON."""
+    with contextlib.nullcontext(url) if url else start_server() as address:
+        model = httpx.get(f"{address}/v1/models").json()["data"][0]["id"]
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": PROMPT}],
+            "max_tokens": max_tokens,
+            "ignore_eos": True,
+            "stream": stream,
+        }
+        adaptive = {**body, "temperature": "adaptive", "adaptive": {"report": report}}
+        fixed = {**body, "temperature": 0.7}
+        ratios = asyncio.run(
+            measure(f"{address}/v1/chat/completions", adaptive, fixed, concurrency, num_pairs)
+        )
+    median, low, high = summarise(ratios)
+    result = {
+        "adaptive_to_fixed": round(median, 4),
+        "interval_95": [round(low, 4), round(high, 4)],
+        "num_pairs": num_pairs,
+        "concurrency": concurrency,
+        "max_tokens": max_tokens,
+        "stream": stream,
+        "report": report,
+        "model": model,
+    }
+    print(json.dumps(result))
+
+
+@contextlib.contextmanager
+def start_server() -> Iterator[str]:
+    """`adaptive-serve` on a free port, until the block ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "server.cli", "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen([*command, "--no-enable-prefix-caching"], stdout=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(server, address)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], address: str) -> None:
+    while server.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{address}/health").is_success:
+                return
+        time.sleep(1)
+    raise SystemExit(f"the server ended with {server.returncode} before it was ready")
+
+
+async def measure(
+    endpoint: str,
+    adaptive: dict[str, Any],
+    fixed: dict[str, Any],
+    concurrency: int,
+    num_pairs: int,
+) -> list[float]:
+    """Ratios of tokens per second, a pair of runs each; who goes first alternates."""
+    ratios = []
+    async with httpx.AsyncClient(timeout=None) as client:
+        for body in (adaptive, fixed):
+            await run(client, endpoint, body, concurrency)
+        for pair in track(range(num_pairs), "pairs"):
+            order = (adaptive, fixed) if pair % 2 else (fixed, adaptive)
+            rates = {id(body): await run(client, endpoint, body, concurrency) for body in order}
+            ratios.append(rates[id(adaptive)] / rates[id(fixed)])
+    return ratios
+
+
+async def run(
+    client: httpx.AsyncClient, endpoint: str, body: dict[str, Any], concurrency: int
+) -> float:
+    """Tokens per second of `concurrency` requests at once. Every answer has all its tokens."""
+
+    async def ask(seed: int) -> None:
+        async with client.stream("POST", endpoint, json={**body, "seed": seed}) as response:
+            response.raise_for_status()
+            await response.aread()
+
+    start = time.perf_counter()
+    await asyncio.gather(*(ask(seed) for seed in range(concurrency)))
+    return concurrency * int(body["max_tokens"]) / (time.perf_counter() - start)
+
+
+def summarise(ratios: list[float]) -> tuple[float, float, float]:
+    """Median and its 95 % bootstrap interval."""
+    samples = np.random.default_rng(0).choice(ratios, (BOOTSTRAP_SAMPLES, len(ratios)))
+    low, high = np.quantile(np.median(samples, axis=1), [0.025, 0.975])
+    return float(np.median(ratios)), float(low), float(high)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,161 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import torch
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from adaptive_head import AdaptiveHead, HeadConfig, load_head, save_head
+from adaptive_head.checkpoint import BaseModelIdentity
+from adaptive_head.embedded_model import prepare
+from adaptive_head.fingerprint import fingerprint_model
+
+HERE = Path(__file__).parent
+BIN = Path(sys.executable).parent
+MODEL = "smol"
+HIDDEN_SIZE = 576
+TEMPERATURES = (0.0, 0.3, 0.7, 1.0, 1.3)
+START_TIMEOUT_S = 300
+ENGINE_OPTIONS = (
+    f"--served-model-name={MODEL}",
+    "--dtype=float32",
+    "--enforce-eager",
+    "--max-num-batched-tokens=256",
+    "--max-model-len=2048",
+    "--max-num-seqs=16",
+    f"--kv-cache-memory-bytes={1 << 29}",
+    "--disable-uvicorn-access-log",
+)
+
+
+class Server:
+    """A server in a process of its own, with the processes that it starts."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self.port = find_free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [*command, "--host=127.0.0.1", f"--port={self.port}"],
+                env=os.environ | environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # Away from the terminal's Ctrl-C, so that only `stop` ends it.
+                start_new_session=True,
+            )
+        self.children: list[psutil.Process] = []
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            assert self.process.poll() is None, self.read_log()
+            assert time.monotonic() < deadline, self.read_log()
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).is_success:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.2)
+        self.children = psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End it as a user would. Returns its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout=60)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.children = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.kill()
+            self.process.wait()
+        for child in self.children:
+            if child.is_running():
+                child.kill()
+
+    def read_log(self) -> str:
+        return self.log.read_text()[-6000:]
+
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def post(self, path: str, body: object, **options) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=120, **options)
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=60)
+
+    def sum_metric(self, sample_name: str, **labels: str) -> float:
+        """The sum of a metric's samples, over all labels that are not given."""
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(self.get("/metrics").text)
+            for sample in family.samples
+            if sample.name == sample_name and labels.items() <= sample.labels.items()
+        )
+
+
+def find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running(command: list[str], log: Path, **environment: str) -> Iterator[Server]:
+    server = Server(command, {"VLLM_LOGGING_LEVEL": "WARNING"} | environment, log)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    """The embedded model's folder."""
+    return prepare()
+
+
+@pytest.fixture(scope="session")
+def heads(tmp_path_factory, model) -> dict[str, Path]:
+    """A head a level, with opinions strong enough that ties do not matter."""
+    folder = tmp_path_factory.mktemp("heads")
+    identity = BaseModelIdentity(name="SmolLM2", fingerprint=fingerprint_model(model))
+    for seed, (name, level) in enumerate([("tok", "token"), ("seq", "sequence")]):
+        network = AdaptiveHead(HeadConfig(HIDDEN_SIZE, TEMPERATURES, (64, 64)), seed=seed)
+        with torch.no_grad():
+            for layer in network.layers:
+                layer.weight *= 3
+            network.layers[-1].weight *= 100
+        save_head(folder / name, network, level=level, base_model=identity, trained=False)
+    return {name: folder / name for name in ("tok", "seq")}
+
+
+@pytest.fixture(scope="session")
+def networks(heads) -> dict[str, AdaptiveHead]:
+    return {name: load_head(folder).network for name, folder in heads.items()}
+
+
+@pytest.fixture(scope="session")
+def server(model, heads, tmp_path_factory) -> Iterator[Server]:
+    """`adaptive-serve` as a user starts it; one for all tests."""
+    options = [f"--head={name}={folder}" for name, folder in heads.items()]
+    command = [str(BIN / "adaptive-serve"), str(model), *options, *ENGINE_OPTIONS]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with running(command, log, VLLM_ENABLE_RESPONSES_API_STORE="1") as server:
+        server.wait_until_ready()
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(server) -> OpenAI:
+    return server.client()

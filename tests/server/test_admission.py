@@ -1,0 +1,139 @@
+import pytest
+from vllm.exceptions import VLLMValidationError
+
+from server.admission import admit
+from server.protocol import AdaptiveChatCompletionRequest, AdaptiveCompletionRequest
+from tests.server.fakes import ADAPTER, MODEL, make_http_request, make_state
+
+
+def make_request(**fields):
+    body = {"model": MODEL, "prompt": "hi"}
+    return AdaptiveCompletionRequest.model_validate(body | fields)
+
+
+def try_admit(state=None, **fields):
+    """The request after admission, and whether it is adaptive."""
+    request = make_request(**fields)
+    return request, admit(request, make_http_request(state or make_state()))
+
+
+def refuse(state=None, **fields) -> VLLMValidationError:
+    with pytest.raises(VLLMValidationError) as caught:
+        try_admit(state, **fields)
+    return caught.value
+
+
+@pytest.mark.parametrize("temperature", [None, 0.0, 0.7, "1.5"])
+def test_an_ordinary_request_passes_unchanged(temperature):
+    request, is_adaptive = try_admit(temperature=temperature)
+    assert not is_adaptive
+    unchanged = make_request(temperature=temperature, request_id=request.request_id)
+    assert request == unchanged
+    assert request.report is None
+
+
+def test_temperature_adaptive_asks_for_the_default_head():
+    request, is_adaptive = try_admit(temperature="adaptive")
+    assert is_adaptive
+    assert (request.report.options.policy, request.report.options.name) == ("head", "tok")
+    assert request.temperature == 1.0
+
+
+def test_an_adaptive_object_alone_asks_for_it_too():
+    request, is_adaptive = try_admit(adaptive={"head": "seq"})
+    assert is_adaptive
+    assert (request.report.options.name, request.report.options.level) == ("seq", "sequence")
+
+
+@pytest.mark.parametrize("temperature", [None, "adaptive", 0.3])
+@pytest.mark.parametrize("name", [MODEL, "smol-2"])
+def test_a_models_adaptive_name_asks_for_it_whatever_the_temperature(name, temperature):
+    request, is_adaptive = try_admit(model=f"{name}:adaptive", temperature=temperature)
+    assert is_adaptive
+    assert request.model == name
+    assert request.temperature == 1.0
+
+
+@pytest.mark.parametrize("name", ["other:adaptive", f"{MODEL}:adaptive:adaptive", ":adaptive"])
+def test_an_unknown_name_is_left_to_vllm_to_refuse(name):
+    request, is_adaptive = try_admit(model=name)
+    assert not is_adaptive
+    assert request.model == name
+
+
+def test_a_model_served_under_a_name_that_ends_like_that_keeps_it():
+    state = make_state(served_names=("odd:adaptive",))
+    assert try_admit(state, model="odd:adaptive")[1] is False
+    request, is_adaptive = try_admit(state, model="odd:adaptive:adaptive")
+    assert (request.model, is_adaptive) == ("odd:adaptive", True)
+
+
+def test_a_request_may_leave_the_model_out():
+    request, is_adaptive = try_admit(model=None, temperature="adaptive")
+    assert (request.model, is_adaptive) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "expected"), [(None, True), ("adaptive", True), (0.7, False), (0.0, False)]
+)
+def test_an_operator_can_make_requests_without_a_temperature_adaptive(temperature, expected):
+    state = make_state(adaptive_by_default=True)
+    assert try_admit(state, temperature=temperature)[1] is expected
+
+
+@pytest.mark.parametrize("by_default", [False, True])
+def test_a_number_and_an_adaptive_object_contradict_each_other(by_default):
+    error = refuse(make_state(adaptive_by_default=by_default), temperature=0.5, adaptive={})
+    assert error.parameter == "temperature"
+    assert "0.5" in str(error)
+
+
+def test_a_wrong_option_is_refused_with_its_path_and_the_loaded_heads():
+    error = refuse(temperature="adaptive", adaptive={"head": "gone"})
+    assert error.parameter == "adaptive.head"
+    assert "seq, tok" in str(error)
+
+
+def test_without_heads_only_the_policies_work():
+    state = make_state(heads={})
+    assert refuse(state, temperature="adaptive").parameter == "adaptive.head"
+    assert try_admit(state, adaptive={"policy": "entropy"})[1]
+
+
+def test_a_head_does_not_serve_an_adapter():
+    error = refuse(model=ADAPTER, temperature="adaptive")
+    assert error.parameter == "model"
+    assert ADAPTER in str(error) and MODEL in str(error)
+
+
+@pytest.mark.parametrize("policy", ["entropy", "schedule", "two_phase", "constant"])
+def test_a_policy_serves_an_adapter(policy):
+    assert try_admit(model=ADAPTER, adaptive={"policy": policy})[1]
+
+
+def test_an_ordinary_request_to_an_adapter_passes():
+    assert not try_admit(model=ADAPTER, temperature=0.7)[1]
+
+
+def test_beam_search_is_refused_only_for_adaptive_requests():
+    error = refuse(temperature="adaptive", use_beam_search=True)
+    assert error.parameter == "use_beam_search"
+    assert not try_admit(temperature=0.0, use_beam_search=True)[1]
+
+
+@pytest.mark.parametrize(("fields", "num_choices"), [({}, 1), ({"n": 3}, 3), ({"n": None}, 1)])
+def test_the_report_has_a_place_for_every_choice_of_every_prompt(fields, num_choices):
+    request = AdaptiveChatCompletionRequest.model_validate(
+        {"messages": [{"role": "user", "content": "hi"}], "temperature": "adaptive"} | fields
+    )
+    admit(request, make_http_request(make_state()))
+    for _ in range(2):
+        request.to_sampling_params(16, {})
+    assert request.report[2 * num_choices - 1]
+    with pytest.raises(IndexError):
+        request.report[2 * num_choices]
+
+
+@pytest.mark.parametrize("detail", ["none", "summary", "tokens"])
+def test_the_report_is_as_detailed_as_asked(detail):
+    assert try_admit(adaptive={"report": detail})[0].report.detail == detail

@@ -1,0 +1,137 @@
+import asyncio
+
+import pytest
+from prometheus_client import CollectorRegistry
+from vllm.sampling_params import SamplingParams
+
+from adaptive_head.options import EXTRA_ARGS_KEY, Options
+from server.engine_proxy import EngineProxy
+from tests.server.fakes import make_output, make_report, sample
+
+
+class Engine:
+    """Yields its outputs, and remembers what it was asked and whether it was closed."""
+
+    errored = False
+
+    def __init__(self, *outputs):
+        self.outputs = outputs
+        self.calls = []
+        self.is_closed = False
+
+    def generate(self, prompt, sampling_params, *args, **kwargs):
+        self.calls.append((prompt, sampling_params, args, kwargs))
+        self.generator = self._generate()
+        return self.generator
+
+    async def _generate(self):
+        try:
+            for output in self.outputs:
+                if isinstance(output, Exception):
+                    raise output
+                await asyncio.sleep(0)
+                yield output
+        finally:
+            self.is_closed = True
+
+
+def three_outputs():
+    return (
+        make_output((0, [0.3], None)),
+        make_output((0, [0.7], None)),
+        make_output((0, [1.0], "stop"), finished=True),
+    )
+
+
+def adaptive_params(registry=None, **extra_args) -> SamplingParams:
+    prompt_report = make_report(registry=registry).begin_prompt()
+    return SamplingParams(seed=5, extra_args={EXTRA_ARGS_KEY: prompt_report} | extra_args)
+
+
+@pytest.mark.parametrize(
+    "extra_args", [None, {}, {"other": 1}, {EXTRA_ARGS_KEY: {"policy": "head"}}]
+)
+def test_an_ordinary_request_gets_the_engines_own_generator(extra_args):
+    engine = Engine()
+    params = SamplingParams(extra_args=extra_args)
+    assert EngineProxy(engine).generate("p", params, "id", priority=1) is engine.generator
+    assert engine.calls == [("p", params, ("id",), {"priority": 1})]
+    assert engine.calls[0][1] is params
+
+
+def test_everything_else_is_the_engines():
+    engine = Engine()
+    assert EngineProxy(engine).errored is False
+    assert EngineProxy(engine).calls is engine.calls
+    with pytest.raises(AttributeError):
+        _ = EngineProxy(engine).nonsense
+
+
+async def test_the_engine_gets_plain_options_and_the_caller_keeps_its_parameters():
+    engine = Engine(*three_outputs())
+    params = adaptive_params(other=1)
+    before = dict(params.extra_args)
+    outputs = [o async for o in EngineProxy(engine).generate("p", params, "id", priority=1)]
+    ((prompt, sent, args, kwargs),) = engine.calls
+    assert (prompt, args, kwargs) == ("p", ("id",), {"priority": 1})
+    assert sent.extra_args["other"] == 1
+    assert Options.from_extra_args(sent.extra_args).name == "tok"
+    assert sent.seed == params.seed
+    assert params.extra_args == before
+    assert len(outputs) == 3
+
+
+async def test_the_same_parameters_can_generate_again():
+    registry = CollectorRegistry()
+    params = adaptive_params(registry)
+    for _ in range(2):
+        engine = Engine(*three_outputs())
+        assert len([o async for o in EngineProxy(engine).generate("p", params, "id")]) == 3
+    assert sample(registry, "adaptive_requests_total") == 2
+    assert sample(registry, "adaptive_temperature_count") == 6
+
+
+async def test_leaving_early_closes_the_engines_generator_and_counts_what_came():
+    registry = CollectorRegistry()
+    engine = Engine(*three_outputs())
+    generator = EngineProxy(engine).generate("p", adaptive_params(registry), "id")
+    await anext(generator)
+    await generator.aclose()
+    assert engine.is_closed
+    assert sample(registry, "adaptive_temperature_count") == 1
+
+
+async def test_cancelling_closes_the_engines_generator_and_counts_what_came():
+    registry = CollectorRegistry()
+    engine = Engine(*three_outputs())
+    generator = EngineProxy(engine).generate("p", adaptive_params(registry), "id")
+
+    async def consume():
+        async for _ in generator:
+            await asyncio.sleep(3600)
+
+    task = asyncio.create_task(consume())
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await generator.aclose()
+    assert engine.is_closed
+    assert sample(registry, "adaptive_temperature_count") == 1
+
+
+async def test_the_engines_error_arrives_and_what_came_before_is_counted():
+    registry = CollectorRegistry()
+    engine = Engine(three_outputs()[0], RuntimeError("engine"))
+    generator = EngineProxy(engine).generate("p", adaptive_params(registry), "id")
+    await anext(generator)
+    with pytest.raises(RuntimeError, match="engine"):
+        await anext(generator)
+    assert sample(registry, "adaptive_temperature_count") == 1
+
+
+async def test_nothing_is_counted_before_the_first_output_is_asked_for():
+    registry = CollectorRegistry()
+    generator = EngineProxy(Engine()).generate("p", adaptive_params(registry), "id")
+    assert sample(registry, "adaptive_requests_total") == 0
+    await generator.aclose()

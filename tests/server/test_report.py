@@ -1,0 +1,184 @@
+import pytest
+from prometheus_client import CollectorRegistry
+from vllm.outputs import SamplingMask
+
+from tests.server.fakes import feed, make_output, make_report, sample
+
+ENTROPY = {"policy": "entropy"}
+
+
+def read_all(adaptive, *temperatures, finish_reason="stop"):
+    """The report of an answer whose tokens had these temperatures."""
+    report = make_report(adaptive)
+    feed(report.begin_prompt(), (0, temperatures, finish_reason), finished=True)
+    return report[0]
+
+
+def test_a_whole_answer_is_summed_up():
+    assert read_all({"report": "tokens"}, 0.3, 0.7, 0.7, 0.0).describe() == {
+        "policy": "head",
+        "head": "tok",
+        "level": "token",
+        "tokens": 4,
+        "mean": 0.425,
+        "min": 0.0,
+        "max": 0.7,
+        "histogram": {"0": 1, "0.3": 1, "0.7": 2},
+        "temperatures": [0.3, 0.7, 0.7, 0.0],
+    }
+
+
+def test_a_summary_has_no_list_of_temperatures():
+    choice = read_all({"report": "summary"}, 0.3)
+    assert "temperatures" not in choice.describe()
+    assert choice.describe() == choice.summarise()
+
+
+def test_a_policy_has_no_head():
+    summary = read_all(ENTROPY, 0.5).summarise()
+    assert (summary["policy"], summary["head"]) == ("entropy", None)
+
+
+def test_the_level_is_the_heads_own():
+    assert read_all({"head": "seq"}, 0.5).summarise()["level"] == "sequence"
+
+
+def test_an_answer_without_tokens_has_no_mean():
+    summary = read_all({}, finish_reason="abort").summarise()
+    assert (summary["tokens"], summary["histogram"]) == (0, {})
+    assert summary["mean"] is summary["min"] is summary["max"] is None
+
+
+def test_the_mean_is_rounded_to_millionths():
+    assert read_all({}, 0.3, 0.3, 0.7).summarise()["mean"] == 0.433333
+
+
+@pytest.mark.parametrize(
+    ("temperature", "key"),
+    [(0.0, "0"), (1.0, "1"), (0.7, "0.7"), (0.35, "0.35"), (0.333333, "0.333333"), (10.0, "10")],
+)
+def test_a_heads_histogram_has_the_exact_temperatures(temperature, key):
+    assert read_all({}, temperature).summarise()["histogram"] == {key: 1}
+
+
+@pytest.mark.parametrize("policy", ["entropy", "schedule"])
+def test_a_continuous_policys_histogram_is_rounded_to_tenths(policy):
+    summary = read_all({"policy": policy}, 0.712345, 0.698, 0.04, 1.96).summarise()
+    assert summary["histogram"] == {"0": 1, "0.7": 2, "2": 1}
+    assert (summary["min"], summary["max"]) == (0.04, 1.96)
+
+
+def test_the_histogram_is_in_order_of_temperature():
+    histogram = read_all({}, 10.0, 0.7, 0.0, 2.0).summarise()["histogram"]
+    assert list(histogram) == ["0", "0.7", "2", "10"]
+
+
+def test_choices_are_numbered_through_the_prompts_of_a_request():
+    report = make_report({"report": "tokens"}, num_choices=2)
+    first, second = report.begin_prompt(), report.begin_prompt()
+    feed(second, (1, [0.7], None))
+    feed(first, (0, [0.0], None), (1, [0.3], None))
+    feed(second, (0, [1.0], None))
+    lists = [report[index].describe()["temperatures"] for index in range(4)]
+    assert lists == [[0.0], [0.3], [1.0], [0.7]]
+
+
+def test_temperatures_leave_the_place_where_sampling_masks_are_expected():
+    output = make_output((0, [0.3, 0.7], None))
+    make_report().begin_prompt().read(output)
+    assert output.outputs[0].sampling_mask is None
+    assert output.outputs[0].token_ids == [300_000, 700_000]
+
+
+def test_a_token_without_a_temperature_is_a_bug_that_shows():
+    output = make_output((0, [0.3, 0.7], None))
+    output.outputs[0].sampling_mask = SamplingMask([[300_000]])
+    with pytest.raises(AssertionError):
+        make_report().begin_prompt().read(output)
+
+
+def test_tokens_can_be_reported_once_a_response_is_built_from_them():
+    report = make_report({"report": "tokens"})
+    prompt_report = report.begin_prompt()
+    output = make_output((0, [0.3, 0.7], None))
+    prompt_report.read(output)
+    assert report[0].take_ready() == []
+    list(output.outputs)
+    assert report[0].take_ready() == [0.3, 0.7]
+    assert report[0].take_ready() == []
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda outputs: outputs[0],
+        lambda outputs: outputs[-1],
+        lambda outputs: outputs[:],
+        lambda outputs: next(iter(outputs)),
+        lambda outputs: [item for _ in range(3) for item in outputs],
+    ],
+)
+def test_however_an_output_is_used_its_tokens_count_once(use):
+    report = make_report({"report": "tokens"})
+    output = make_output((0, [0.3, 0.7], None))
+    report.begin_prompt().read(output)
+    use(output.outputs)
+    assert report[0].take_ready() == [0.3, 0.7]
+
+
+def test_an_output_that_is_read_ahead_is_not_reported_early():
+    report = make_report({"report": "tokens"})
+    prompt_report = report.begin_prompt()
+    first, second = make_output((0, [0.3], None)), make_output((0, [0.7], "stop"), finished=True)
+    prompt_report.read(first)
+    prompt_report.read(second)
+    list(first.outputs)
+    assert report[0].take_ready() == [0.3]
+    list(second.outputs)
+    assert report[0].take_ready() == [0.7]
+
+
+def test_tokens_are_counted_in_batches_and_at_the_end():
+    registry = CollectorRegistry()
+    prompt_report = make_report(num_choices=2, registry=registry).begin_prompt()
+
+    def count():
+        return sample(registry, "adaptive_temperature_count")
+
+    feed(prompt_report, (0, [0.3] * 20, None))
+    assert count() == 0
+    feed(prompt_report, (1, [0.7] * 12, None))
+    assert count() == 32
+    feed(prompt_report, (0, [0.3], "stop"))
+    assert count() == 32
+    feed(prompt_report, (1, [0.3], "length"), finished=True)
+    assert count() == 34
+    prompt_report.flush()
+    assert count() == 34
+    assert sample(registry, "adaptive_temperature_sum") == pytest.approx(22 * 0.3 + 12 * 0.7)
+
+
+def test_what_an_interrupted_answer_had_is_counted_too():
+    registry = CollectorRegistry()
+    prompt_report = make_report(registry=registry).begin_prompt()
+    feed(prompt_report, (0, [0.3] * 5, None))
+    prompt_report.flush()
+    assert sample(registry, "adaptive_temperature_count") == 5
+    assert sample(registry, "adaptive_request_temperature_count") == 0
+
+
+def test_answers_are_counted_once_each_at_their_mean():
+    registry = CollectorRegistry()
+    prompt_report = make_report(num_choices=3, registry=registry).begin_prompt()
+    feed(prompt_report, (0, [0.3], None), (1, [1.0], "stop"), (2, [], "abort"))
+    feed(prompt_report, (0, [0.7], "length"), finished=True)
+    assert sample(registry, "adaptive_request_temperature_count") == 2
+    assert sample(registry, "adaptive_request_temperature_sum") == pytest.approx(1.5)
+
+
+def test_prompts_are_counted_when_the_engine_gets_them():
+    registry = CollectorRegistry()
+    report = make_report(ENTROPY, num_choices=2, registry=registry)
+    for _ in range(2):
+        report.begin_prompt().begin()
+    assert sample(registry, "adaptive_requests_total", policy="entropy", head="entropy") == 2
