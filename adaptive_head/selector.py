@@ -207,7 +207,9 @@ class TemperatureSelector:
             options[:, Column.MIN], options[:, Column.MAX]
         )
         temperatures = torch.round(temperatures * MICRO) / MICRO
-        return self._keep_sequence_choice(step, options, temperatures)
+        if self._options_np[step.slots_np, Column.IS_SEQUENCE].any():
+            temperatures = self._keep_sequence_choice(step, options, temperatures)
+        return temperatures
 
     def _run_policies(self, step: Step, options: torch.Tensor, present: np.ndarray) -> torch.Tensor:
         is_pure = len(present) == 1 and (self._policy_np[step.slots_np] != ORDINARY).all()

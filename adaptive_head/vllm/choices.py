@@ -14,6 +14,10 @@ from vllm.outputs import CompletionOutput
 from vllm.v1.outputs import SamplingMaskLists
 
 from adaptive_head.selector import ORDINARY
+from adaptive_head.vllm.compat import check_parameters
+
+# `ChoiceLists` stands in for this one.
+check_parameters(SamplingMaskLists.slice_request, "self", "req_idx", "num_positions")
 
 
 class ChoiceLists:

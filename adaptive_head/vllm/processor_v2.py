@@ -12,7 +12,12 @@ from vllm.v1.worker.gpu.states import RequestState
 from adaptive_head.checkpoint import LoadedHead
 from adaptive_head.selector import Step, TemperatureSelector, to_micro
 from adaptive_head.vllm.choices import ChoiceTensors
+from adaptive_head.vllm.compat import check_parameters
 from adaptive_head.vllm.heads import read_options
+
+check_parameters(LogitsProcessor.add_request, "self", "req_idx", "sampling_params")
+check_parameters(LogitsProcessor.apply_staged_writes, "self")
+check_parameters(LogitsProcessor.apply, "self", "logits", "ctx")
 
 
 class AdaptiveTemperature(LogitsProcessor):

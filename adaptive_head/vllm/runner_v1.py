@@ -34,6 +34,7 @@ ORDINARY_SLOT = 0
 
 check_parameters(GPUModelRunner.sample_tokens, "self", "grammar_output")
 check_parameters(GPUModelRunner._update_states, "self", "scheduler_output")
+check_parameters(Sampler.__init__, "self", "logprobs_mode", "use_fp64_gumbel")
 check_parameters(Sampler.sample, "self", "logits", "sampling_metadata", "logprobs_mode_override")
 
 

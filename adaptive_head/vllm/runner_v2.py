@@ -6,7 +6,7 @@ import torch
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.output import SamplerOutput, SamplingMaskTensors
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from adaptive_head.checkpoint import LoadedHead
@@ -21,6 +21,9 @@ else:
 check_parameters(GPUModelRunner.sample, "self", "hidden_states", "input_batch", "grammar_output")
 check_parameters(GPUModelRunner.add_requests, "self", "scheduler_output")
 check_parameters(GPUModelRunner.finish_requests, "self", "scheduler_output")
+# `ChoiceTensors` stands in for these two.
+check_parameters(SamplingMaskTensors.to_cpu_nonblocking, "self")
+check_parameters(SamplingMaskTensors.tolists, "self", "num_sampled_tokens")
 
 
 class AdaptiveRunnerV2(_Stock):
