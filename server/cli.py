@@ -6,11 +6,13 @@ import sys
 from argparse import Namespace
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 from adaptive_head.checkpoint import HeadError, load_head
 from adaptive_head.embedded_model import prepare
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
+from adaptive_head.vllm.compat import refuse_unsupported
 from adaptive_head.vllm.settings import CONFIG_KEY, AdaptiveSettings
 
 PLUGIN = "adaptive"
@@ -112,6 +114,7 @@ def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
         verify_base=not ours.no_verify_base,
     )
     check_heads(settings, Path(args.model_tag))
+    refuse_options(args)
     configure(args, settings)
     return args
 
@@ -140,7 +143,10 @@ def parse_vllm(vllm_argv: list[str]) -> Namespace:
             parser.set_defaults(dtype="float32")
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             parser.set_defaults(kv_cache_memory_bytes=CPU_KV_CACHE_BYTES)
+    # vLLM's own default must not pass for a model that the user asked for.
+    parser.set_defaults(model=None)
     args = parser.parse_args(vllm_argv)
+    args.model_tag = args.model_tag or args.model
     validate_parsed_serve_args(args)
     return args
 
@@ -188,6 +194,23 @@ def check_heads(settings: AdaptiveSettings, model: Path) -> None:
     fingerprint = fingerprint_model(model) if is_verified else None
     for folder in settings.heads.values():
         load_head(folder, fingerprint=fingerprint)
+
+
+def refuse_options(args: Namespace) -> None:
+    """Refuse now what the engine would refuse after its start.
+
+    Raises:
+        UnsupportedError: names the option.
+    """
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            return_sampling_mask=args.return_sampling_mask, runner_type=args.runner
+        ),
+        parallel_config=args,
+        speculative_config=args.speculative_config,
+        watermark_config=args.watermark_config,
+    )
+    refuse_unsupported(config)
 
 
 def configure(args: Namespace, settings: AdaptiveSettings) -> None:

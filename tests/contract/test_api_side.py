@@ -1,0 +1,458 @@
+"""What the front end assumes of vLLM's API server. No engine, no socket."""
+
+import ast
+import copy
+import inspect
+import json
+from collections.abc import AsyncGenerator
+from importlib.metadata import entry_points
+
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from prometheus_client import CollectorRegistry, Histogram
+from vllm import envs
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.generate import api_router as generate
+from vllm.entrypoints.launchers import app as launcher
+from vllm.entrypoints.launchers.api_server import app_state
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.openai.chat_completion import api_router as chat
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionResponseChoice,
+    ChatCompletionStreamResponse,
+)
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion import api_router as completion
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponseChoice
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.models import api_router as models
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses import api_router as responses
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelList
+from vllm.exceptions import VLLMValidationError
+from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins
+from vllm.renderers import BaseRenderer
+from vllm.sampling_params import SamplingParams
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
+
+from adaptive_head.options import EXTRA_ARGS_KEY, AdaptiveRequest, Options, resolve_options
+from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
+from adaptive_head.vllm.compat import UnsupportedError
+from server.cli import PLUGIN
+from server.engine_proxy import EngineProxy
+from server.metrics import AdaptiveMetrics, CountedHistogram
+from server.plugin import AdaptiveEndpoints, AdaptiveServingResponses, require_engine_side
+from server.protocol import (
+    AdaptiveChatCompletionRequest,
+    AdaptiveCompletionRequest,
+    AdaptiveFields,
+    AdaptiveResponsesRequest,
+)
+from server.report import PromptReport, Report
+from server.routes import CHAT_PATH, COMPLETION_PATH, HEADS_PATH, MODELS_PATH, RESPONSES_PATH
+from server.stream import _FINISHED, _PREFIX
+from tests.contract.sources import assert_in_order, assert_parameters, source
+
+HANDLERS = [OpenAIServingChat, OpenAIServingCompletion, OpenAIServingResponses]
+PATHS = {
+    CHAT_PATH: AdaptiveChatCompletionRequest,
+    COMPLETION_PATH: AdaptiveCompletionRequest,
+    RESPONSES_PATH: AdaptiveResponsesRequest,
+}
+BODIES = [
+    (AdaptiveChatCompletionRequest, {"messages": [{"role": "user", "content": "x"}]}),
+    (AdaptiveCompletionRequest, {"prompt": "x"}),
+    (AdaptiveResponsesRequest, {"input": "x"}),
+]
+
+
+# --- the plugin and its routes ------------------------------------------------------------------
+
+
+def test_the_plugin_satisfies_vllms_protocol():
+    plugin = AdaptiveEndpoints()
+    assert isinstance(plugin, EndpointPlugin)
+    for name in ("attach_router", "init_state"):
+        wanted = inspect.signature(getattr(EndpointPlugin, name)).parameters
+        assert list(inspect.signature(getattr(AdaptiveEndpoints, name)).parameters) == list(wanted)
+    assert inspect.iscoroutinefunction(AdaptiveEndpoints.init_state)
+    assert plugin.required_tasks == ("generate",)
+
+
+def test_the_entry_point_has_the_name_that_adaptive_serve_enables():
+    (found,) = entry_points(group="vllm.endpoint_plugins", name=PLUGIN)
+    assert found.load() is AdaptiveEndpoints and AdaptiveEndpoints.name == PLUGIN
+
+
+@pytest.fixture(scope="module")
+def app() -> FastAPI:
+    """vLLM's core routes with our plugin's over them, as `build_app` puts them together."""
+    app = FastAPI()
+    for module in (chat, completion, models, responses):
+        module.attach_router(app)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_PLUGINS", PLUGIN)
+        attach_endpoint_plugins(app, ("generate",))
+    return app
+
+
+def routes_of(app: FastAPI, path: str, method: str) -> list[APIRoute]:
+    return [
+        route
+        for route in app.routes
+        if isinstance(route, APIRoute) and route.path == path and method in route.methods
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [*((path, "POST") for path in PATHS), (MODELS_PATH, "GET"), (HEADS_PATH, "GET")],
+)
+def test_our_routes_take_the_place_of_vllms(app, path, method):
+    """Were both there the first would answer, and that is vLLM's."""
+    (route,) = routes_of(app, path, method)
+    assert route.endpoint.__module__ == "server.routes"
+
+
+def test_other_routes_stay_vllms(app):
+    (route,) = routes_of(app, "/v1/responses/{response_id}", "GET")
+    assert route.endpoint is responses.retrieve_responses
+    (route,) = routes_of(app, "/v1/chat/completions/batch", "POST")
+    assert route.endpoint is chat.create_batch_chat_completion
+
+
+def test_our_routes_keep_the_checks_and_error_forms_of_vllms(app):
+    for router, path in (
+        (chat.router, CHAT_PATH),
+        (completion.router, COMPLETION_PATH),
+        (responses.router, RESPONSES_PATH),
+    ):
+        (stock,) = [route for route in router.routes if route.path == path]
+        (ours,) = routes_of(app, path, "POST")
+        assert [item.dependency for item in ours.dependencies] == [
+            item.dependency for item in stock.dependencies
+        ]
+        assert ours.responses == stock.responses
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_openapi_shows_what_a_client_may_send(app, path):
+    document = app.openapi()
+    body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": f"#/components/schemas/{PATHS[path].__name__}"}
+    fields = document["components"]["schemas"][PATHS[path].__name__]["properties"]
+    assert fields["temperature"]["anyOf"] == [
+        {"type": "number"},
+        {"type": "string", "const": "adaptive"},
+        {"type": "null"},
+    ]
+    assert {"$ref": "#/components/schemas/AdaptiveRequest"} in fields["adaptive"]["anyOf"]
+    options = document["components"]["schemas"]["AdaptiveRequest"]
+    assert {"policy", "head", "level", "report"} <= options["properties"].keys()
+
+
+def test_plugins_load_only_where_vllm_plugins_names_them():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VLLM_PLUGINS", raising=False)
+        assert envs.VLLM_PLUGINS is None
+        app = FastAPI()
+        chat.attach_router(app)
+        attach_endpoint_plugins(app, ("generate",))
+        (route,) = routes_of(app, CHAT_PATH, "POST")
+        assert route.endpoint is chat.create_chat_completion
+
+
+def test_plugins_are_attached_after_vllms_routes_and_before_its_error_handlers():
+    """A `VLLMValidationError` of ours becomes a 400 in those handlers."""
+    assert_in_order(
+        launcher.build_app,
+        "register_api_routers(",
+        "attach_endpoint_plugins(",
+        "init_exception_handler(app)",
+    )
+    error = VLLMValidationError("wrong", parameter="adaptive.head")
+    assert error.parameter == "adaptive.head" and "wrong" in str(error)
+
+
+def test_the_state_is_complete_when_the_plugin_gets_it():
+    assert_in_order(
+        app_state.init_app_state,
+        "state.engine_client = engine_client",
+        "state.args = args",
+        "state.openai_serving_models = OpenAIServingModels(",
+        "await init_generate_state(",
+        "await init_endpoint_plugins_state(engine_client, state, args)",
+    )
+    for name, handler in zip(("chat", "completion", "responses"), HANDLERS, strict=True):
+        wanted = f"state.openai_serving_{name} = ({handler.__name__}("
+        assert "".join(wanted.split()) in source(generate), name
+
+
+@pytest.mark.parametrize(
+    ("worker", "scheduler", "named"),
+    [("auto", SCHEDULER_CLS, "--worker-cls"), (WORKER_CLS, None, "--scheduler-cls")],
+)
+def test_an_engine_without_our_side_is_refused(worker, scheduler, named):
+    require_engine_side(WORKER_CLS, SCHEDULER_CLS)
+    with pytest.raises(UnsupportedError, match=named):
+        require_engine_side(worker, scheduler)
+
+
+# --- the handlers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+def test_handlers_generate_through_the_attribute_that_we_exchange(handler):
+    """A handler that kept the engine elsewhere would answer without temperatures."""
+    assert "self.engine_client.generate(" in source(handler)
+    assert "self.engine_client=engine_client" in "".join(source(base) for base in vllm_mro(handler))
+
+
+def vllm_mro(cls: type) -> list[type]:
+    return [base for base in cls.__mro__ if base.__module__.startswith("vllm.")]
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+def test_handlers_pass_prompt_and_parameters_in_the_order_of_the_proxy(handler):
+    calls = [
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(inspect.getmodule(handler))))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.engine_client.generate"
+    ]
+    assert calls
+    for call in calls:
+        assert [ast.unparse(argument) for argument in call.args][:2] == [
+            "engine_input",
+            "sampling_params",
+        ]
+    for client in (EngineClient, AsyncLLM):
+        assert_parameters(client.generate, "self", "prompt", "sampling_params", "request_id")
+    assert_parameters(EngineProxy.generate, "self", "prompt", "sampling_params")
+
+
+@pytest.mark.parametrize(
+    ("handler", "method"),
+    [
+        (OpenAIServingChat, "create_chat_completion"),
+        (OpenAIServingCompletion, "create_completion"),
+        (OpenAIServingResponses, "create_responses"),
+    ],
+)
+def test_handlers_are_called_with_request_and_raw_request(handler, method):
+    assert_parameters(getattr(handler, method), "self", "request", "raw_request")
+
+
+def test_names_that_the_routes_take_from_vllms_modules():
+    for module, names in (
+        (chat, ("router", "chat", "create_chat_completion")),
+        (completion, ("router", "completion", "create_completion")),
+        (responses, ("router", "responses", "create_responses", "_convert_stream_to_sse_events")),
+        (models, ("models",)),
+    ):
+        assert all(hasattr(module, name) for name in names), module.__name__
+    assert isinstance(chat.ENDPOINT_LOAD_METRICS_FORMAT_HEADER_LABEL, str)
+    assert "self.parser_cls=" in source(OpenAIServingChat.__init__)
+    assert inspect.isasyncgenfunction(responses._convert_stream_to_sse_events)
+
+
+def test_stock_routes_make_of_an_answer_what_ours_make():
+    """Our three `_answer` functions repeat these."""
+    for endpoint in (chat.create_chat_completion, completion.create_completion):
+        assert_in_order(
+            endpoint,
+            "@with_cancellation",
+            "@load_aware_call",
+            "isinstance(generator, ErrorResponse)",
+            "content=generator.model_dump(), status_code=generator.error.code",
+            "headers=metrics_header(metrics_header_format)",
+            'getattr(args, "sse_keep_alive_interval", 0)',
+            "with_sse_keep_alive(generator, float(keep_alive_interval))",
+        )
+    assert_in_order(
+        responses.create_responses,
+        'content=generator.model_dump(mode="json", by_alias=True)',
+        "status_code=generator.error.code",
+        "content=_convert_stream_to_sse_events(generator)",
+    )
+
+
+def test_every_full_response_goes_through_the_method_that_we_override():
+    """Whole, streamed and stored ones: that is why it is an override."""
+    assert issubclass(AdaptiveServingResponses, OpenAIServingResponses)
+    assert_parameters(OpenAIServingResponses.responses_full_generator, "self", "request")
+    for method in ("create_responses", "responses_stream_generator", "_run_background_request"):
+        stock = OpenAIServingResponses.__dict__.get(method)
+        assert stock is not None, method
+    assert source(OpenAIServingResponses).count("self.responses_full_generator(request,") == 3
+    assert "ResponseCompletedEvent(" in source(OpenAIServingResponses.responses_stream_generator)
+
+
+def test_the_models_handler_has_what_admission_reads():
+    init = source(OpenAIServingModels.__init__)
+    assert "self.base_model_paths=" in init and "self.lora_requests" in init
+    assert inspect.iscoroutinefunction(OpenAIServingModels.show_available_models)
+    assert {"id", "parent"} <= ModelCard.model_fields.keys()
+    assert "data" in ModelList.model_fields
+    assert "code" in ErrorResponse.model_fields["error"].annotation.model_fields
+    assert "self.tokenizer" in source(BaseRenderer.__init__)
+    assert {"vllm_config", "renderer"} <= EngineClient.__annotations__.keys()
+
+
+# --- requests and answers -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def report() -> Report:
+    options = resolve_options(AdaptiveRequest(policy="entropy"), {}, None)
+    return Report(options, "summary", 1, AdaptiveMetrics("m", {}, CollectorRegistry()))
+
+
+def convert(request: AdaptiveFields) -> SamplingParams:
+    return request.to_sampling_params(16, {"temperature": 0.3})
+
+
+@pytest.mark.parametrize(("model", "body"), BODIES)
+def test_an_ordinary_request_is_converted_as_vllm_would(model, body):
+    stock = next(base for base in model.__mro__ if base.__module__.startswith("vllm."))
+    assert stock in (ChatCompletionRequest, CompletionRequest, ResponsesRequest)
+    for extra in ({}, {"temperature": 0.6}, {"temperature": "0.6"}):
+        fields = {"model": "m", "seed": 3} | body | extra
+        ours, theirs = convert(model(**fields)), convert(stock(**fields))
+        assert ours == theirs
+
+
+@pytest.mark.parametrize(("model", "body"), BODIES)
+def test_an_adaptive_request_travels_at_temperature_1_with_its_report(model, body, report):
+    request = model(model="m", temperature="adaptive", **body)
+    request.begin_report(report)
+    params = convert(request)
+    assert params.temperature == 1.0, "and not the default of the model"
+    prompt_report = params.extra_args[EXTRA_ARGS_KEY]
+    assert isinstance(prompt_report, PromptReport)
+    # Otherwise the report would be copied deeply, and what it learns would be lost.
+    assert params.skip_clone
+    assert params.clone().extra_args[EXTRA_ARGS_KEY] is prompt_report
+
+
+def test_the_engine_gets_plain_options_and_the_handler_keeps_the_report(report):
+    seen = []
+
+    class Client:
+        renderer = "renderer"
+
+        def generate(self, prompt, sampling_params, *args, **kwargs):
+            seen.append(sampling_params)
+
+            async def outputs():
+                yield
+
+            return outputs()
+
+    params = SamplingParams(extra_args={EXTRA_ARGS_KEY: report.begin_prompt(), "kv": 1})
+    proxy = EngineProxy(Client())
+    assert isinstance(proxy.generate("x", params, "id"), AsyncGenerator)
+    (engine_params,) = seen
+    assert Options.from_extra_args(engine_params.extra_args) == report.options
+    assert engine_params.extra_args["kv"] == 1 and engine_params is not params
+    assert isinstance(params.extra_args[EXTRA_ARGS_KEY], PromptReport)
+    assert proxy.renderer == "renderer"
+    assert copy.copy(params) == params
+    # What the engine gets is cloned only behind the proxy.
+    assert "params.clone()" in source(InputProcessor)
+
+
+def test_xargs_cannot_carry_options(report):
+    """vLLM makes `extra_args` of them; they would reach the worker unresolved."""
+    assert "self.vllm_xargs" in source(ChatCompletionRequest.to_sampling_params)
+    for model, body in BODIES:
+        with pytest.raises(VLLMValidationError, match="own field `adaptive`"):
+            model(model="m", vllm_xargs={EXTRA_ARGS_KEY: {}}, **body)
+
+
+@pytest.mark.parametrize(("model", "body"), BODIES)
+def test_field_names_are_cached_per_class(model, body):
+    """vLLM caches them on the class; on a shared one ours would be reported as unknown."""
+    assert "field_names" in vars(model)
+    model(model="m", **body)
+    assert {"temperature", "adaptive"} <= model.field_names
+    stock = next(base for base in model.__mro__ if base.__module__.startswith("vllm."))
+    assert "adaptive" not in (stock.field_names or ())
+
+
+@pytest.mark.parametrize(
+    "model", [ChatCompletionResponseChoice, CompletionResponseChoice, ResponsesResponse]
+)
+def test_answers_take_a_field_of_ours(model):
+    """`adaptive` is set on vLLM's own objects, and must come out of `model_dump`."""
+    assert model.model_config["extra"] == "allow"
+    answer = model.model_construct()
+    answer.adaptive = {"mean": 0.5}
+    assert answer.model_extra == {"adaptive": {"mean": 0.5}}
+
+
+def test_chunks_are_compact_json_after_data():
+    """The last chunk of a choice is found by the text of its `finish_reason`."""
+    chunk = ChatCompletionStreamResponse.model_validate(
+        {"model": "m", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    )
+    line = f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
+    assert line.startswith(_PREFIX + "{") and _FINISHED in line
+    assert json.loads(line.removeprefix(_PREFIX))["choices"][0]["index"] == 0
+    for handler in (OpenAIServingChat, OpenAIServingCompletion):
+        assert 'f"data:{' in source(handler)
+        assert "chunk.model_dump_json(exclude_unset=True)" in source(handler)
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def test_the_command_line_has_the_options_that_adaptive_serve_sets():
+    parser = make_arg_parser(FlexibleArgumentParser())
+    defaults = vars(parser.parse_args([]))
+    assert defaults["model_tag"] is None and defaults["served_model_name"] is None
+    assert defaults["worker_cls"] == "auto" and defaults["scheduler_cls"] is None
+    assert not defaults["additional_config"]
+    assert {"enforce_eager", "dtype", "kv_cache_memory_bytes", "host", "port"} <= defaults.keys()
+    assert "sse_keep_alive_interval" in defaults
+    assert_in_order(ServeSubcommand.cmd, "args.model_tag", "args.model = args.model_tag")
+
+
+def test_the_environment_variables_exist():
+    """vLLM ignores one that it does not know."""
+    names = ("VLLM_PLUGINS", "VLLM_USE_RUST_FRONTEND", "VLLM_USE_V2_MODEL_RUNNER")
+    assert set(names) <= envs.environment_variables.keys()
+
+
+# --- prometheus-client --------------------------------------------------------------------------
+
+
+def test_counting_many_is_observing_one_by_one():
+    """`CountedHistogram` writes to private fields of prometheus-client's `Histogram`."""
+    values = {0.0: 3, 0.3: 2, 0.7: 5, 1.0: 1, 9.0: 4}
+    samples = []
+    for cls in (Histogram, CountedHistogram):
+        registry = CollectorRegistry()
+        histogram = cls("t", "T", ("a",), buckets=(0.0, 0.3, 1.0), registry=registry).labels("x")
+        for value, count in values.items():
+            if cls is CountedHistogram:
+                histogram.observe_many(value, count)
+            else:
+                for _ in range(count):
+                    histogram.observe(value)
+        (metric,) = registry.collect()
+        samples.append(
+            {
+                (sample.name, sample.labels.get("le")): sample.value
+                for sample in metric.samples
+                if not sample.name.endswith("_created")
+            }
+        )
+    assert samples[0] == pytest.approx(samples[1])
+    assert samples[1]["t_count", None] == 15

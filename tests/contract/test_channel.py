@@ -1,0 +1,200 @@
+"""The way of the choices from the sampler to the API process. No engine is started."""
+
+import dataclasses
+import logging
+import math
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+from vllm.config.scheduler import SchedulerConfig
+from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.outputs import CompletionOutput, RequestOutput, SamplingMask
+from vllm.platforms.cpu import CpuPlatform
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.outputs import ModelRunnerOutput, SamplingMaskLists
+from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler as SamplerV1
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm.v1.worker import gpu_model_runner as v1
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu import model_runner as v2
+from vllm.v1.worker.gpu import states as v2_states
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.sample import gumbel
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
+from vllm.v1.worker.gpu.sample.output import SamplerOutput, SamplingMaskTensors
+from vllm.v1.worker.gpu.sample.sampler import Sampler as SamplerV2
+from vllm.v1.worker.gpu.sample.states import SamplingStates
+from vllm.v1.worker.gpu_input_batch import InputBatch as InputBatchV1
+from vllm.v1.worker.gpu_worker import Worker
+
+from adaptive_head.options import AdaptiveRequest, Options, resolve_options
+from adaptive_head.selector import ORDINARY, TemperatureSelector, to_micro
+from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS, processor_v2, scheduler
+from adaptive_head.vllm.choices import ChoiceLists, ChoiceTensors, take_choices
+from adaptive_head.vllm.compat import (
+    SUPPORTED_MINOR,
+    UnsupportedError,
+    check_parameters,
+    check_version,
+    refuse_unsupported,
+)
+from adaptive_head.vllm.heads import read_options
+from adaptive_head.vllm.processor_v2 import AdaptiveTemperature, scale_logits
+from adaptive_head.vllm.runner_v1 import AdaptiveRunnerV1, AdaptiveSamplerV1
+from adaptive_head.vllm.runner_v2 import AdaptiveRunnerV2
+from adaptive_head.vllm.worker import AdaptiveWorker
+from tests.contract.sources import assert_in_order, assert_parameters, source
+
+CPU = torch.device("cpu")
+NAN = math.nan
+INF = math.inf
+
+
+def options_of(**fields) -> Options:
+    return resolve_options(AdaptiveRequest(**fields), {}, None)
+
+
+def constant(temperature: float) -> Options:
+    return options_of(policy="constant", constant={"temperature": temperature})
+
+
+def params_of(options: Options | None, **fields) -> SamplingParams:
+    extra_args = None if options is None else options.to_extra_args()
+    return SamplingParams(**{"temperature": 1.0, "extra_args": extra_args} | fields)
+
+
+
+
+def test_v2_output_copies_and_converts_choices_like_masks():
+    """`ChoiceTensors` is not of vLLM's type: these two calls are all that is made of it."""
+    init, get = source(AsyncOutput.__init__), source(AsyncOutput.get_output)
+    assert "sampler_output.sampling_mask_tensors.to_cpu_nonblocking()" in init
+    assert "self.sampling_mask_tensors.tolists(self.num_sampled_tokens_np)" in get
+    assert "self.model_runner_output.sampling_masks=" in get
+    # The device tensor lives on another stream until the copy is done.
+    assert "self.sampler_output=sampler_output" in init
+    uses = (init + get).count("sampling_mask_tensors")
+    assert uses == 6, "vLLM makes another use of the tensors"
+    assert {"to_cpu_nonblocking", "tolists"} <= set(dir(SamplingMaskTensors))
+
+
+def test_v2_sampler_output_has_a_place_for_choices():
+    names = [field.name for field in dataclasses.fields(SamplerOutput)]
+    assert "sampling_mask_tensors" in names
+    assert not SamplerOutput.__dataclass_params__.frozen
+    assert_in_order(v2.GPUModelRunner.sample, "return sampler_output, ")
+    assert_in_order(
+        v2.GPUModelRunner.sample_tokens,
+        "= self.sample(",
+        "AsyncOutput(",
+        "sampler_output=sampler_output",
+    )
+
+
+def test_choices_go_through_v2s_conversion():
+    choices = ChoiceTensors(torch.tensor([700_000, ORDINARY, 0], dtype=torch.int32))
+    lists = choices.to_cpu_nonblocking().tolists(np.array([1, 1, 1]))
+    assert isinstance(lists, ChoiceLists)
+    assert lists.slice_request(0, 1).to_nested_list() == [[700_000]]
+    assert lists.slice_request(1, 1) is None
+    assert lists.slice_request(2, 1).to_nested_list() == [[0]]
+
+
+def test_model_runner_output_has_a_place_for_choices():
+    output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
+    assert output.sampling_masks is None
+    output.sampling_masks = ChoiceLists(np.array([5], dtype=np.int32))
+    copied = pickle.loads(pickle.dumps(output)).sampling_masks
+    assert copied.slice_request(0, 1).to_nested_list() == [[5]], "workers send it by pickle"
+
+
+def test_the_scheduler_slices_by_row_and_forwards_where_its_flag_says():
+    """The flag is an attribute that nothing else of the scheduler's reads."""
+    assert_in_order(
+        Scheduler.update_from_output,
+        "req_index = model_runner_output.req_id_to_index[req_id]",
+        "if self.return_sampling_mask:",
+        "if new_token_ids and sampling_masks is not None:",
+        "sampling_masks.slice_request(req_index, len(new_token_ids))",
+        "new_sampling_mask=new_sampling_mask",
+    )
+    assert source(Scheduler).count("self.return_sampling_mask") == 2
+    assert "return_sampling_mask" not in source(AsyncScheduler)
+
+
+def test_choices_cross_to_the_api_process_in_vllms_encoding():
+    choices = ChoiceLists(np.array([ORDINARY, 1_234_567, 2_147_483_647, 0], dtype=np.int32))
+    outputs = [
+        EngineCoreOutput(
+            request_id=str(row),
+            new_token_ids=[row],
+            new_sampling_mask=choices.slice_request(row, 1),
+        )
+        for row in range(4)
+    ]
+    frames = MsgpackEncoder().encode(EngineCoreOutputs(outputs=outputs))
+    decoded = MsgpackDecoder(EngineCoreOutputs).decode(frames)
+    masks = [output.new_sampling_mask for output in decoded.outputs]
+    assert masks[0] is None
+    assert all(isinstance(mask, SamplingMaskLists) for mask in masks[1:])
+    assert all(mask.token_ids.dtype == np.int32 for mask in masks[1:])
+    assert [mask.to_nested_list() for mask in masks[1:]] == [
+        [[1_234_567]],
+        [[2_147_483_647]],
+        [[0]],
+    ]
+
+
+def test_the_output_processor_hands_on_one_entry_a_token():
+    assert_in_order(
+        OutputProcessor.process_outputs,
+        "req_state.sampling_mask_chunks.append(",
+        "make_request_output(",
+    )
+    assert_in_order(
+        RequestState._new_completion_output,
+        "if (delta or finished) and self.sampling_mask_chunks:",
+        "for chunk in self.sampling_mask_chunks",
+        "for position in chunk.to_nested_list()",
+        "self.sampling_mask_chunks.clear()",
+        "sampling_mask=sampling_mask",
+    )
+    # Slicing at a stop string needs several tokens in a step, which only speculation makes.
+    assert_in_order(OutputProcessor._trim_surplus_tokens, "if num_dropped <= 0:", "return")
+
+
+def completion(token_ids, micros, index=0) -> CompletionOutput:
+    mask = None if micros is None else SamplingMask([[micro] for micro in micros])
+    return CompletionOutput(index, "", token_ids, None, None, sampling_mask=mask)
+
+
+def request_output(*completions, finished=False) -> RequestOutput:
+    return RequestOutput("r", None, [1], None, list(completions), finished)
+
+
+def test_outputs_that_wait_for_a_reader_are_merged_with_their_choices():
+    """A slow client gets several tokens in one output."""
+    output = request_output(completion([4], [10]), completion([5], [11], index=1))
+    output.add(request_output(completion([6], [12])), aggregate=True)
+    output.add(request_output(completion([7], [13], index=1), finished=True), aggregate=True)
+    assert [take_choices(answer) for answer in output.outputs] == [[10, 12], [11, 13]]
+    assert [answer.sampling_mask for answer in output.outputs] == [None, None]
+    assert take_choices(output.outputs[0]) is None
+    assert output.finished
+
+

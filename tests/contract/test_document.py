@@ -1,0 +1,158 @@
+"""`docs/vllm-coupling.md` and the code agree, and imports point in one direction."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENT = ROOT / "docs" / "vllm-coupling.md"
+PACKAGES = ("adaptive_head", "server")
+
+
+def read_rows() -> dict[str, tuple[list[str], list[str]]]:
+    """Symbols of the document's tables, with what of them is used and the tests that are named."""
+    rows: dict[str, tuple[list[str], list[str]]] = {}
+    for line in DOCUMENT.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if not line.startswith("| `") or len(cells) != 5:
+            continue
+        symbol, *used = re.findall(r"`([^`]+)`", cells[0])
+        assert symbol not in rows, f"{symbol} has two rows"
+        rows[symbol] = used, re.findall(r"`(test_\w+)`", cells[4])
+    return rows
+
+
+ROWS = read_rows()
+
+
+def resolve(dotted: str) -> object:
+    """Import as much of a dotted name as is a module, and take the rest from there."""
+    parts = dotted.split(".")
+    for split in range(len(parts), 0, -1):
+        name = ".".join(parts[:split])
+        try:
+            thing: object = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not f"{name}.".startswith(f"{error.name}."):
+                raise
+            continue
+        for part in parts[split:]:
+            thing = getattr(thing, part)
+        return thing
+    raise AssertionError(f"{dotted} is not there")
+
+
+def has(thing: object, name: str) -> bool:
+    """Is it an attribute, a declared field, or set in a method?"""
+    if hasattr(thing, name):
+        return True
+    if not isinstance(thing, type):
+        return False
+    parents = [parent for parent in thing.__mro__ if parent.__module__ != "builtins"]
+    return any(
+        name in vars(parent).get("__annotations__", ()) or f"self.{name}" in source_of(parent)
+        for parent in parents
+    )
+
+
+@cache
+def source_of(cls: type) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
+
+
+@pytest.mark.parametrize("symbol", ROWS)
+def test_every_symbol_of_the_document_exists(symbol):
+    thing = resolve(symbol)
+    for name in ROWS[symbol][0]:
+        if name.startswith("state."):
+            assert f"{name} = " in inspect.getsource(thing), name
+        else:
+            assert name.startswith("."), f"{symbol}: {name}"
+            assert has(thing, name[1:]), f"{symbol}{name} is gone"
+
+
+def test_the_document_has_its_rows():
+    assert len(ROWS) > 60
+    assert all(used for symbol, (used, _) in ROWS.items() if "RequestState" in symbol)
+
+
+def tests_of(folder: Path) -> set[str]:
+    return {
+        node.name
+        for path in folder.rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+
+
+def test_every_test_that_the_document_names_exists():
+    known = tests_of(ROOT / "tests" / "contract") | tests_of(ROOT / "tests" / "engine")
+    named = set(re.findall(r"`(test_\w+)`", DOCUMENT.read_text()))
+    assert named <= known, named - known
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def files_of(*packages: str) -> list[Path]:
+    return sorted(path for name in packages for path in (ROOT / name).rglob("*.py"))
+
+
+def is_of(name: str, *packages: str) -> bool:
+    return any(f"{name}.".startswith(f"{package}.") for package in packages)
+
+
+@pytest.mark.parametrize("path", files_of(*PACKAGES), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_import_of_vllm_is_in_the_document(path):
+    # The configuration is documented where it is defined.
+    imported = {name for name in imports_of(path) if is_of(name, "vllm")}
+    assert imported <= ROWS.keys(), imported - ROWS.keys()
+
+
+def test_private_names_of_other_packages_are_in_the_document():
+    text = DOCUMENT.read_text()
+    for name in ("_convert_stream_to_sse_events", "_sum", "_buckets", "_upper_bounds"):
+        assert any(name in path.read_text() for path in files_of("server")), "no longer used"
+        assert f"`.{name}`" in text, name
+
+
+def test_imports_point_from_the_server_to_the_plugin_to_the_layer():
+    """The layer runs without vLLM (training, tests), the plugin without an API server."""
+    for path in files_of(*PACKAGES):
+        where = path.relative_to(ROOT).as_posix()
+        for name in imports_of(path):
+            if where.startswith("adaptive_head/"):
+                assert not is_of(name, "server"), f"{where} imports {name}"
+            if where.startswith("adaptive_head/vllm/"):
+                assert not is_of(name, "adaptive_head.lpo", "adaptive_head.cli"), f"{where}: {name}"
+            elif where.startswith("adaptive_head/"):
+                assert not is_of(name, "vllm", "adaptive_head.vllm"), f"{where} imports {name}"
+            assert not is_of(name, "tests", "benchmarks"), f"{where} imports {name}"
+
+
+def test_importing_the_layer_does_not_import_vllm():
+    code = "import sys, adaptive_head; print(*{name.split('.')[0] for name in sys.modules})"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    loaded = set(process.stdout.split())
+    assert "adaptive_head" in loaded and "torch" in loaded
+    assert not loaded & {"vllm", "server", "fastapi"}

@@ -1,0 +1,246 @@
+import os
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from vllm.platforms import current_platform
+
+from adaptive_head import AdaptiveHead, HeadConfig, save_head
+from adaptive_head.checkpoint import BaseModelIdentity
+from adaptive_head.fingerprint import fingerprint_model
+from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
+from adaptive_head.vllm.settings import read_settings
+from server import cli
+from tests.engine.tiny_model import HIDDEN_SIZE, make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory, model) -> Path:
+    """A folder with heads for the model, `foreign` for another one, and what is no head."""
+    folder = tmp_path_factory.mktemp("heads")
+    own = fingerprint_model(model)
+    network = AdaptiveHead(HeadConfig(HIDDEN_SIZE, (0.0, 1.0), (4,)))
+    for name, fingerprint in {"a": own, "b": own, "foreign": "0" * 16}.items():
+        identity = BaseModelIdentity(name="tiny", fingerprint=fingerprint)
+        save_head(folder / name, network, level="token", base_model=identity, trained=False)
+    (folder / "empty").mkdir()
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "head.json").write_text("{")
+    return folder
+
+
+@pytest.fixture
+def served(monkeypatch) -> list[Namespace]:
+    """What would have been served."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    calls: list[Namespace] = []
+    monkeypatch.setattr(ServeSubcommand, "cmd", calls.append)
+    # main changes these; set here, they are restored.
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    monkeypatch.delenv("VLLM_USE_RUST_FRONTEND", raising=False)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    return calls
+
+
+@pytest.fixture
+def serve(served):
+    def run(*arguments) -> Namespace:
+        cli.main([str(argument) for argument in arguments])
+        return served.pop()
+
+    return run
+
+
+@pytest.fixture
+def refusal(served, capsys):
+    """The sentence with which a command line is refused."""
+
+    def run(*arguments) -> str:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(argument) for argument in arguments])
+        assert caught.value.code == 2
+        assert not served
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("adaptive-serve: ")
+        assert captured.err.count("\n") == 1
+        return captured.err
+
+    return run
+
+
+def settings_of(args):
+    return read_settings(args.additional_config)
+
+
+def test_vllm_serves_the_model_with_our_worker_and_scheduler(serve, model, heads):
+    args = serve(model, "--head", heads / "a", "--port", 8123)
+    assert (args.model_tag, args.port) == (str(model), 8123)
+    assert (args.worker_cls, args.scheduler_cls) == (WORKER_CLS, SCHEDULER_CLS)
+
+
+def test_a_head_is_named_after_its_folder_or_as_asked(serve, model, heads):
+    options = (f"--head={heads / 'a'}", "--head", f"careful={heads / 'b'}/")
+    settings = settings_of(serve(model, *options))
+    assert settings.heads == {"a": heads / "a", "careful": heads / "b"}
+    assert settings.resolved_default_head == "a"
+
+
+def test_heads_may_be_relative_to_the_folder_or_the_home(serve, model, heads, monkeypatch):
+    monkeypatch.chdir(heads)
+    monkeypatch.setenv("HOME", str(heads.parent))
+    options = ("--head", "a", "--head", f"b=~/{heads.name}/b", "--head", "c=./a/../b")
+    expected = {"a": heads / "a", "b": heads / "b", "c": heads / "b"}
+    assert settings_of(serve(model, *options)).heads == expected
+
+
+@pytest.mark.parametrize("second", ["{}/a", "a={}/b", "={}/b", "/"])
+def test_two_heads_of_a_name_or_one_without_are_refused(refusal, model, heads, second):
+    second = second.format(heads)
+    sentence = refusal(model, "--head", heads / "a", "--head", second)
+    assert f"--head {second}: name it apart, with NAME=DIR" in sentence
+
+
+@pytest.mark.parametrize("folder", ["gone", "empty", "damaged"])
+def test_a_folder_that_is_no_head_is_refused_by_name(refusal, model, heads, folder):
+    assert str(heads / folder) in refusal(model, "--head", heads / folder)
+
+
+def test_a_head_for_another_model_is_refused_unless_the_user_knows_better(
+    refusal, serve, model, heads
+):
+    assert "0000000000000000" in refusal(model, "--head", heads / "foreign")
+    args = serve(model, "--head", heads / "foreign", "--no-verify-base")
+    assert settings_of(args).verify_base is False
+
+
+def test_a_head_for_a_model_of_the_hub_is_left_to_the_engine(serve, heads):
+    args = serve("org/model", "--head", heads / "foreign")
+    assert settings_of(args).verify_base is True
+
+
+def test_the_default_head_is_one_of_the_heads(refusal, serve, model, heads):
+    options = (model, "--head", heads / "a", "--head", heads / "b", "--default-head")
+    assert settings_of(serve(*options, "b")).resolved_default_head == "b"
+    assert "(a, b)" in refusal(*options, "c")
+    assert "(none)" in refusal(model, "--default-head", "c")
+
+
+def test_requests_are_ordinary_by_default(serve, model):
+    assert settings_of(serve(model)).adaptive_by_default is False
+    assert settings_of(serve(model, "--adaptive-default")).adaptive_by_default is True
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--worker-cls", "my.Worker"), ("--scheduler-cls", "my.Scheduler")]
+)
+def test_another_worker_or_scheduler_is_refused(refusal, model, option, value):
+    assert f"{option} {value}" in refusal(model, option, value)
+
+
+def test_our_worker_and_scheduler_may_be_named(serve, model):
+    args = serve(model, "--worker-cls", WORKER_CLS, "--scheduler-cls", SCHEDULER_CLS)
+    assert args.worker_cls == WORKER_CLS
+
+
+def test_other_additional_config_is_kept_and_ours_refused(refusal, serve, model):
+    args = serve(model, "--additional-config", '{"other": 1}')
+    assert args.additional_config["other"] == 1
+    assert "--head" in refusal(model, "--additional-config", '{"adaptive": {}}')
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("", "adaptive"), ("x,y", "x,y,adaptive"), ("adaptive", "adaptive"), (",x,", "x,adaptive")],
+)
+def test_other_plugins_stay_enabled(serve, model, monkeypatch, before, after):
+    monkeypatch.setenv("VLLM_PLUGINS", before)
+    serve(model)
+    assert os.environ["VLLM_PLUGINS"] == after
+
+
+def test_vllms_rust_front_end_is_refused(refusal, serve, model, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert "VLLM_USE_RUST_FRONTEND" in refusal(model)
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    serve(model)
+
+
+@pytest.fixture
+def embedded(monkeypatch, model, heads):
+    """The tiny model in the place of the embedded one, with a head that ships."""
+    monkeypatch.setattr(cli, "prepare", lambda: model)
+    monkeypatch.setattr(cli, "shipped_head", lambda: heads / "a")
+
+
+def test_without_a_model_the_embedded_one_is_served_with_its_head(serve, embedded, model, heads):
+    args = serve("--port", 8123)
+    assert (args.model_tag, args.served_model_name) == (str(model), [cli.EMBEDDED_NAME])
+    assert settings_of(args).heads == {"default": heads / "a"}
+
+
+def test_the_embedded_model_may_have_another_name_and_head(serve, embedded, heads):
+    args = serve("--served-model-name", "mine", "--head", heads / "b")
+    assert args.served_model_name == ["mine"]
+    assert settings_of(args).heads == {"b": heads / "b"}
+
+
+def test_a_model_given_as_an_option_or_in_a_file_is_not_ignored(
+    serve, embedded, tmp_path, monkeypatch
+):
+    config = tmp_path / "serve.yaml"
+    config.write_text("model: org/other\nport: 8124\n")
+    assert serve("--model", "org/other").model_tag == "org/other"
+    assert serve("--model=org/other").model_tag == "org/other"
+    args = serve("--config", config)
+    assert (args.model_tag, args.port) == ("org/other", 8124)
+
+
+def test_the_shipped_head_is_a_head():
+    assert (cli.shipped_head() / "head.json").is_file()
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="defaults for CPUs")
+def test_a_cpu_gets_defaults_that_fit_it_and_the_users_values_win(serve, model, monkeypatch):
+    args = serve(model)
+    assert args.enforce_eager is True
+    assert args.kv_cache_memory_bytes == cli.CPU_KV_CACHE_BYTES
+    assert args.dtype == ("auto" if cli.has_avx512() else "float32")
+    args = serve(model, "--no-enforce-eager", "--dtype", "half", "--kv-cache-memory-bytes", 1000)
+    assert (args.enforce_eager, args.dtype, args.kv_cache_memory_bytes) == (False, "half", 1000)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    assert serve(model).kv_cache_memory_bytes is None
+
+
+def test_options_that_begin_like_ours_are_vllms(serve, model):
+    assert serve(model, "--headless").headless is True
+
+
+def test_an_unknown_option_ends_with_the_usage(served, model, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([str(model), "--no-such-option"])
+    assert caught.value.code == 2
+    assert "--no-such-option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_names_our_options_at_once(option):
+    program = f"import sys, server.cli; server.cli.main(['{option}']); print('vllm' in sys.modules)"
+    start = time.monotonic()
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+    assert time.monotonic() - start < 20
+    for action in cli.make_parser()._actions:
+        assert action.option_strings[0] in output
+        assert action.help.split("(")[0].split(";")[0].strip()[:30] in " ".join(output.split())
+    assert "--help=all" in output
+    assert output.endswith("False\n"), "the help waits for vLLM's import"

@@ -1,0 +1,164 @@
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.parser import text_string_to_metric_families
+
+from adaptive_head.options import parse_request, resolve_options
+from server.metrics import DEFAULT_BUCKETS, AdaptiveMetrics, CountedHistogram, merge_buckets
+from tests.server.fakes import HEADS, describe_head, sample
+
+BUCKETS = (0.0, 0.5, 1.0)
+
+
+def make_histogram() -> tuple[CollectorRegistry, CountedHistogram]:
+    registry = CollectorRegistry()
+    return registry, CountedHistogram("h", "help", ("l",), buckets=BUCKETS, registry=registry)
+
+
+def read(registry) -> dict[tuple, float]:
+    return {
+        (found.name, found.labels.get("le")): found.value
+        for family in registry.collect()
+        for found in family.samples
+        if not found.name.endswith("_created")
+    }
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_observing_many_equals_observing_often(seed):
+    randomness = random.Random(seed)
+    (many, histogram), (often, reference) = make_histogram(), make_histogram()
+    for _ in range(20):
+        value = randomness.choice([0.0, 0.5, 1.0, randomness.uniform(0, 10)])
+        count = randomness.randrange(4)
+        histogram.labels("x").observe_many(value, count)
+        for _ in range(count):
+            reference.labels("x").observe(value)
+    assert read(many) == pytest.approx(read(often))
+
+
+def test_a_value_on_a_bound_belongs_to_that_bucket():
+    registry, histogram = make_histogram()
+    histogram.labels("x").observe_many(0.5, 3)
+    assert [sample(registry, "h_bucket", le=le) for le in ("0.0", "0.5", "1.0", "+Inf")] == [
+        0,
+        3,
+        3,
+        3,
+    ]
+
+
+def test_a_histogram_without_its_labels_cannot_be_observed():
+    _, histogram = make_histogram()
+    with pytest.raises(ValueError, match="label"):
+        histogram.observe_many(1.0, 1)
+
+
+def test_prometheus_client_still_has_the_private_fields_that_are_used():
+    _, histogram = make_histogram()
+    child = histogram.labels("x")
+    assert type(child) is CountedHistogram
+    assert child._upper_bounds == [0.0, 0.5, 1.0, float("inf")]
+    assert len(child._buckets) == 4
+    for value in (child._sum, *child._buckets):
+        value.inc(2)
+        assert value.get() == 2
+    child._raise_if_not_observable()
+
+
+def test_buckets_are_the_temperatures_of_all_heads():
+    assert merge_buckets([(0.0, 0.7), (0.3, 0.7, 1.5)]) == (0.0, 0.3, 0.7, 1.5)
+    assert merge_buckets([]) == DEFAULT_BUCKETS == tuple(sorted(DEFAULT_BUCKETS))
+
+
+def make_metrics(heads=HEADS):
+    registry = CollectorRegistry()
+    return registry, AdaptiveMetrics("smol", heads, registry)
+
+
+def resolve(**adaptive):
+    return resolve_options(parse_request(adaptive), HEADS, "tok", lambda marker: [7])
+
+
+def test_every_observation_is_labelled_with_model_head_and_level():
+    registry, metrics = make_metrics()
+    metrics.count_tokens(resolve(), {300_000: 2, 700_000: 1})
+    metrics.count_tokens(resolve(head="seq"), {0: 5})
+    metrics.count_tokens(resolve(policy="entropy"), {123_456: 4})
+    count = "adaptive_temperature_count"
+    assert sample(registry, count, model="smol", head="tok", level="token") == 3
+    assert sample(registry, count, model="smol", head="seq", level="sequence") == 5
+    assert sample(registry, count, model="smol", head="entropy", level="token") == 4
+    assert sample(registry, "adaptive_temperature_sum", head="tok") == pytest.approx(1.3)
+    assert sample(registry, "adaptive_temperature_bucket", head="tok", le="0.3") == 2
+
+
+def test_requests_are_counted_by_policy():
+    registry, metrics = make_metrics()
+    for options in (resolve(), resolve(), resolve(policy="constant")):
+        metrics.count_request(options)
+    assert sample(registry, "adaptive_requests_total", policy="head", head="tok") == 2
+    assert sample(registry, "adaptive_requests_total", policy="constant", head="constant") == 1
+
+
+def test_loaded_heads_are_described():
+    heads = {"a": describe_head(trained=True), "b": describe_head("sequence", (0.0, 1.25))}
+    registry, _ = make_metrics(heads)
+    info = "adaptive_head_info"
+    assert sample(registry, info) == 2
+    assert sample(registry, info, head="a", trained="true", base_model="base") == 1
+    assert sample(registry, info, head="b", trained="false", temperatures="0 1.25") == 1
+
+
+def test_without_heads_the_policies_have_buckets():
+    registry, metrics = make_metrics({})
+    metrics.count_tokens(resolve(policy="entropy"), {650_000: 1})
+    assert sample(registry, "adaptive_temperature_bucket", le="0.8") == 1
+    assert sample(registry, "adaptive_temperature_bucket", le="0.6") == 0
+
+
+def test_what_is_exported_is_what_prometheus_reads():
+    registry, metrics = make_metrics()
+    metrics.count_tokens(resolve(), {300_000: 2})
+    metrics.count_answer(resolve(), 0.3)
+    families = {f.name: f for f in text_string_to_metric_families(generate_latest(registry).decode())}
+    assert families["adaptive_temperature"].type == "histogram"
+    assert families["adaptive_request_temperature"].type == "histogram"
+    assert families["adaptive_requests"].type == "counter"
+    assert families["adaptive_head_info"].type == "gauge"
+    assert all(family.documentation for family in families.values())
+
+
+ONE_API_PROCESS = """
+from adaptive_head.options import parse_request, resolve_options
+from server.metrics import AdaptiveMetrics
+from tests.server.fakes import HEADS
+
+metrics = AdaptiveMetrics("smol", HEADS)
+options = resolve_options(parse_request({}), HEADS, "tok")
+metrics.count_request(options)
+metrics.count_tokens(options, {300_000: 10, 700_000: 4})
+metrics.count_answer(options, 0.4)
+"""
+
+
+def test_several_api_processes_add_up(tmp_path, request):
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", ONE_API_PROCESS]
+    root = request.config.rootpath
+    processes = [subprocess.Popen(command, env=environment, cwd=root) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))
+    assert sample(registry, "adaptive_requests_total") == 2
+    assert sample(registry, "adaptive_temperature_count") == 28
+    assert sample(registry, "adaptive_temperature_sum") == pytest.approx(2 * (3 + 2.8))
+    assert sample(registry, "adaptive_temperature_bucket", le="0.3") == 20
+    assert sample(registry, "adaptive_temperature_bucket", le="+Inf") == 28
+    assert sample(registry, "adaptive_request_temperature_count") == 2
+    assert sample(registry, "adaptive_head_info") == 2
