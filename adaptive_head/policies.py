@@ -41,6 +41,6 @@ def two_phase_temperature(
     """One temperature while the model thinks, another for its answer.
 
     Args:
-        is_answer: bool [rows], True once the end-of-thinking token has been seen.
+        is_answer: bool [rows], True once the end-of-thinking marker has been seen.
     """
     return torch.where(is_answer, answer, thinking)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import httpx
 import numpy as np
 import typer
+from rich.console import Console
 from rich.progress import track
 
 PROMPT = "Write a short story about a lighthouse keeper who finds a letter."
@@ -98,7 +99,7 @@ async def measure(
     async with httpx.AsyncClient(timeout=None) as client:
         for body in (adaptive, fixed):
             await run(client, endpoint, body, concurrency)
-        for pair in track(range(num_pairs), "pairs"):
+        for pair in track(range(num_pairs), "pairs", console=Console(stderr=True)):
             order = (adaptive, fixed) if pair % 2 else (fixed, adaptive)
             rates = {id(body): await run(client, endpoint, body, concurrency) for body in order}
             ratios.append(rates[id(adaptive)] / rates[id(fixed)])

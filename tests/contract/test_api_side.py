@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import AsyncGenerator
 from importlib.metadata import entry_points
+from typing import get_args
 
 import pytest
 from fastapi import FastAPI
@@ -16,7 +17,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.generate import api_router as generate
 from vllm.entrypoints.launchers import app as launcher
-from vllm.entrypoints.launchers.api_server import app_state
+from vllm.entrypoints.launchers.api_server import app_state, entry
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.chat_completion import api_router as chat
 from vllm.entrypoints.openai.chat_completion.protocol import (
@@ -31,7 +32,11 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models import api_router as models
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses import api_router as responses
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
+from vllm.entrypoints.openai.responses import streaming_events
+from vllm.entrypoints.openai.responses.protocol import (
+    ResponsesRequest,
+    ResponsesResponse,
+)
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelList
 from vllm.exceptions import VLLMValidationError
@@ -58,7 +63,7 @@ from server.protocol import (
 from server.report import PromptReport, Report
 from server.routes import CHAT_PATH, COMPLETION_PATH, HEADS_PATH, MODELS_PATH, RESPONSES_PATH
 from server.stream import _FINISHED, _PREFIX
-from tests.contract.sources import assert_in_order, assert_parameters, source
+from tests.contract.helpers import assert_in_order, assert_parameters, source
 
 HANDLERS = [OpenAIServingChat, OpenAIServingCompletion, OpenAIServingResponses]
 PATHS = {
@@ -177,6 +182,8 @@ def test_plugins_are_attached_after_vllms_routes_and_before_its_error_handlers()
         "attach_endpoint_plugins(",
         "init_exception_handler(app)",
     )
+    # The announcement is made in the lifespan, from the state that `init_state` sets.
+    assert_in_order(entry.build_and_serve, "build_app(", "await init_app_state(", "serve_http(")
     error = VLLMValidationError("wrong", parameter="adaptive.head")
     assert error.parameter == "adaptive.head" and "wrong" in str(error)
 
@@ -397,6 +404,22 @@ def test_answers_take_a_field_of_ours(model):
     assert answer.model_extra == {"adaptive": {"mean": 0.5}}
 
 
+def test_events_take_a_field_of_ours():
+    """The delta events of a responses stream are objects of the openai package."""
+    deltas = {
+        name: event
+        for name, event in vars(streaming_events).items()
+        if name.endswith("DeltaEvent") and isinstance(event, type)
+    }
+    assert {"ResponseTextDeltaEvent", "ResponseReasoningTextDeltaEvent"} <= deltas.keys()
+    for event in deltas.values():
+        (kind,) = get_args(event.model_fields["type"].annotation)
+        assert kind.endswith(".delta")
+        made = event.model_construct()
+        made.adaptive = {"temperatures": [0.5]}
+        assert '"adaptive":{"temperatures":[0.5]}' in made.model_dump_json(warnings=False)
+
+
 def test_chunks_are_compact_json_after_data():
     """The last chunk of a choice is found by the text of its `finish_reason`."""
     chunk = ChatCompletionStreamResponse.model_validate(
@@ -421,6 +444,10 @@ def test_the_command_line_has_the_options_that_adaptive_serve_sets():
     assert not defaults["additional_config"]
     assert {"enforce_eager", "dtype", "kv_cache_memory_bytes", "host", "port"} <= defaults.keys()
     assert "sse_keep_alive_interval" in defaults
+    # What `adaptive-serve` looks at to refuse it before the engine starts.
+    refused = {"return_sampling_mask", "runner", "enable_batch_sharded_sampling"}
+    refused |= {"distributed_executor_backend", "speculative_config", "watermark_config", "model"}
+    assert refused <= defaults.keys()
     assert_in_order(ServeSubcommand.cmd, "args.model_tag", "args.model = args.model_tag")
 
 

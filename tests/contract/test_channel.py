@@ -1,83 +1,24 @@
 """The way of the choices from the sampler to the API process. No engine is started."""
 
 import dataclasses
-import logging
-import math
 import pickle
-from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
-from vllm.config import ModelConfig, ParallelConfig, VllmConfig
-from vllm.config.scheduler import SchedulerConfig
-from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.outputs import CompletionOutput, RequestOutput, SamplingMask
-from vllm.platforms.cpu import CpuPlatform
-from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.outputs import ModelRunnerOutput, SamplingMaskLists
-from vllm.v1.sample.logits_processor import LogitsProcessors
-from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.sample.sampler import Sampler as SamplerV1
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
-from vllm.v1.worker import gpu_model_runner as v1
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu import model_runner as v2
-from vllm.v1.worker.gpu import states as v2_states
 from vllm.v1.worker.gpu.async_utils import AsyncOutput
-from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
-from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
-from vllm.v1.worker.gpu.sample import gumbel
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 from vllm.v1.worker.gpu.sample.output import SamplerOutput, SamplingMaskTensors
-from vllm.v1.worker.gpu.sample.sampler import Sampler as SamplerV2
-from vllm.v1.worker.gpu.sample.states import SamplingStates
-from vllm.v1.worker.gpu_input_batch import InputBatch as InputBatchV1
-from vllm.v1.worker.gpu_worker import Worker
 
-from adaptive_head.options import AdaptiveRequest, Options, resolve_options
-from adaptive_head.selector import ORDINARY, TemperatureSelector, to_micro
-from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS, processor_v2, scheduler
+from adaptive_head.selector import ORDINARY
 from adaptive_head.vllm.choices import ChoiceLists, ChoiceTensors, take_choices
-from adaptive_head.vllm.compat import (
-    SUPPORTED_MINOR,
-    UnsupportedError,
-    check_parameters,
-    check_version,
-    refuse_unsupported,
-)
-from adaptive_head.vllm.heads import read_options
-from adaptive_head.vllm.processor_v2 import AdaptiveTemperature, scale_logits
-from adaptive_head.vllm.runner_v1 import AdaptiveRunnerV1, AdaptiveSamplerV1
-from adaptive_head.vllm.runner_v2 import AdaptiveRunnerV2
-from adaptive_head.vllm.worker import AdaptiveWorker
-from tests.contract.sources import assert_in_order, assert_parameters, source
-
-CPU = torch.device("cpu")
-NAN = math.nan
-INF = math.inf
-
-
-def options_of(**fields) -> Options:
-    return resolve_options(AdaptiveRequest(**fields), {}, None)
-
-
-def constant(temperature: float) -> Options:
-    return options_of(policy="constant", constant={"temperature": temperature})
-
-
-def params_of(options: Options | None, **fields) -> SamplingParams:
-    extra_args = None if options is None else options.to_extra_args()
-    return SamplingParams(**{"temperature": 1.0, "extra_args": extra_args} | fields)
-
-
+from tests.contract.helpers import assert_in_order, source
 
 
 def test_v2_output_copies_and_converts_choices_like_masks():
@@ -196,5 +137,3 @@ def test_outputs_that_wait_for_a_reader_are_merged_with_their_choices():
     assert [answer.sampling_mask for answer in output.outputs] == [None, None]
     assert take_choices(output.outputs[0]) is None
     assert output.finished
-
-

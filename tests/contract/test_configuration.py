@@ -1,51 +1,18 @@
 """Which vLLM and which configurations are served, and that vLLM builds our classes. No engine."""
 
-import dataclasses
-import logging
-import math
-import pickle
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 from vllm.config.scheduler import SchedulerConfig
-from vllm.distributed.parallel_state import GroupCoordinator
-from vllm.outputs import CompletionOutput, RequestOutput, SamplingMask
-from vllm.platforms.cpu import CpuPlatform
-from vllm.sampling_params import SamplingParams
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.engine.output_processor import OutputProcessor, RequestState
-from vllm.v1.outputs import ModelRunnerOutput, SamplingMaskLists
-from vllm.v1.sample.logits_processor import LogitsProcessors
-from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.sample.sampler import Sampler as SamplerV1
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.worker import gpu_model_runner as v1
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu import model_runner as v2
-from vllm.v1.worker.gpu import states as v2_states
-from vllm.v1.worker.gpu.async_utils import AsyncOutput
-from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
-from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
-from vllm.v1.worker.gpu.sample import gumbel
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
-from vllm.v1.worker.gpu.sample.output import SamplerOutput, SamplingMaskTensors
-from vllm.v1.worker.gpu.sample.sampler import Sampler as SamplerV2
-from vllm.v1.worker.gpu.sample.states import SamplingStates
-from vllm.v1.worker.gpu_input_batch import InputBatch as InputBatchV1
 from vllm.v1.worker.gpu_worker import Worker
 
-from adaptive_head.options import AdaptiveRequest, Options, resolve_options
-from adaptive_head.selector import ORDINARY, TemperatureSelector, to_micro
-from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS, processor_v2, scheduler
-from adaptive_head.vllm.choices import ChoiceLists, ChoiceTensors, take_choices
+from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS, scheduler
 from adaptive_head.vllm.compat import (
     SUPPORTED_MINOR,
     UnsupportedError,
@@ -53,30 +20,10 @@ from adaptive_head.vllm.compat import (
     check_version,
     refuse_unsupported,
 )
-from adaptive_head.vllm.heads import read_options
-from adaptive_head.vllm.processor_v2 import AdaptiveTemperature, scale_logits
-from adaptive_head.vllm.runner_v1 import AdaptiveRunnerV1, AdaptiveSamplerV1
+from adaptive_head.vllm.runner_v1 import AdaptiveRunnerV1
 from adaptive_head.vllm.runner_v2 import AdaptiveRunnerV2
 from adaptive_head.vllm.worker import AdaptiveWorker
-from tests.contract.sources import assert_in_order, assert_parameters, source
-
-CPU = torch.device("cpu")
-NAN = math.nan
-INF = math.inf
-
-
-def options_of(**fields) -> Options:
-    return resolve_options(AdaptiveRequest(**fields), {}, None)
-
-
-def constant(temperature: float) -> Options:
-    return options_of(policy="constant", constant={"temperature": temperature})
-
-
-def params_of(options: Options | None, **fields) -> SamplingParams:
-    extra_args = None if options is None else options.to_extra_args()
-    return SamplingParams(**{"temperature": 1.0, "extra_args": extra_args} | fields)
-
+from tests.contract.helpers import assert_in_order, assert_parameters, source
 
 # --- the version and the configuration -----------------------------------------------------------
 
@@ -210,3 +157,42 @@ def test_vllm_calls_whatever_scheduler_cls_names_with_keywords():
     )
 
 
+# --- the worker and the runners ------------------------------------------------------------------
+
+
+def test_the_worker_is_the_platforms_own_with_two_methods_more():
+    assert f"{AdaptiveWorker.__module__}.{AdaptiveWorker.__name__}" == WORKER_CLS
+    assert issubclass(AdaptiveWorker, CPUWorker) and issubclass(CPUWorker, Worker)
+    ours = {name for name in vars(AdaptiveWorker) if not name.startswith("__")}
+    assert ours == {"init_device", "load_model"}
+    assert_parameters(CPUWorker.init_device, "self")
+    assert_parameters(CPUWorker.load_model, "self", "load_dummy_weights")
+
+
+def test_init_device_builds_the_runner_that_use_v2_model_runner_says():
+    """Our runner is chosen by that flag and takes the place of an object that must exist."""
+    assert "self.use_v2_model_runner=vllm_config.use_v2_model_runner" in source(Worker.__init__)
+    assert_in_order(CPUWorker.init_device, "if self.use_v2_model_runner:", "CPUModelRunnerV2(")
+    assert_in_order(Worker.init_device, "self._init_workspace_and_model_runner()")
+    assert_in_order(Worker._init_workspace_and_model_runner, "self.model_runner")
+
+
+def test_load_model_keeps_only_vllms_weights_in_the_pool_that_sleep_discards():
+    """The heads are loaded after it returns; inside that pool they would be gone after sleep."""
+    assert_in_order(Worker.load_model, 'tag="weights"', "self.model_runner.load_model(")
+
+
+OVERRIDDEN = [
+    (AdaptiveRunnerV1, v1.GPUModelRunner, {"_update_states", "sample_tokens"}),
+    (AdaptiveRunnerV2, v2.GPUModelRunner, {"add_requests", "finish_requests", "sample"}),
+]
+
+
+@pytest.mark.parametrize(("mixin", "stock", "names"), OVERRIDDEN)
+def test_everything_that_a_runner_overrides_exists(mixin, stock, names):
+    """A method that vLLM renames would never be called again, and nobody would notice. One that
+    vLLM adds under a name of ours would be replaced."""
+    of_stock = {name for parent in stock.__mro__ for name in vars(parent)}
+    assert {name for name in vars(mixin) if name in of_stock and name[:2] != "__"} == names
+    assert all(callable(getattr(stock, name)) for name in names)
+    assert issubclass(CPUModelRunner, v1.GPUModelRunner)

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import socket
@@ -46,6 +47,7 @@ class Server:
     def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
         self.port = find_free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.http = self.connect()
         self.log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(
@@ -58,13 +60,16 @@ class Server:
             )
         self.children: list[psutil.Process] = []
 
+    def connect(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=120)
+
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             assert self.process.poll() is None, self.read_log()
             assert time.monotonic() < deadline, self.read_log()
             try:
-                if httpx.get(f"{self.url}/health", timeout=5).is_success:
+                if self.get("/health").is_success:
                     break
             except httpx.TransportError:
                 time.sleep(0.2)
@@ -76,6 +81,7 @@ class Server:
         return self.process.wait(timeout=60)
 
     def kill(self) -> None:
+        self.http.close()
         if self.process.poll() is None:
             self.children = psutil.Process(self.process.pid).children(recursive=True)
             self.process.kill()
@@ -87,14 +93,14 @@ class Server:
     def read_log(self) -> str:
         return self.log.read_text()[-6000:]
 
-    def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
-
-    def post(self, path: str, body: object, **options) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=120, **options)
+    def post(self, path: str, body: object) -> httpx.Response:
+        """Send a body: an object to send as JSON, or the bytes themselves."""
+        content = body if isinstance(body, bytes) else json.dumps(body)
+        headers = {"content-type": "application/json"}
+        return self.http.post(path, content=content, headers=headers)
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=60)
+        return self.http.get(path)
 
     def sum_metric(self, sample_name: str, **labels: str) -> float:
         """The sum of a metric's samples, over all labels that are not given."""
@@ -160,5 +166,7 @@ def server(model, heads, tmp_path_factory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def client(server) -> OpenAI:
-    return server.client()
+def client(server) -> Iterator[OpenAI]:
+    url = f"{server.url}/v1"
+    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
+        yield client

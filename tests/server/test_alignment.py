@@ -22,8 +22,8 @@ CASES = {
     "plain": {},
     "choices": {"n": 3},
     "prompts": {"prompt": ["Once upon", "The capital of France"], "n": 2},
-    "stop": {"stop": [" time", ",", "."], "max_tokens": 32},
-    "kept stop": {"stop": [" the"], "include_stop_str_in_output": True, "max_tokens": 32},
+    "stop": {"stop": [" time", ",", "."], "max_tokens": 24},
+    "kept stop": {"stop": [" the"], "include_stop_str_in_output": True, "max_tokens": 24},
     "logprobs": {"logprobs": 3},
     "echo": {"echo": True},
     "long": {"prompt": LONG},
@@ -66,7 +66,7 @@ def is_aligned(logits, temperatures) -> bool:
 
 
 def make_body(seed=1, adaptive=None, **options) -> dict:
-    body = {"model": MODEL, "prompt": "Once upon", "max_tokens": 16, "seed": seed}
+    body = {"model": MODEL, "prompt": "Once upon", "max_tokens": 12, "seed": seed}
     body |= {"temperature": "adaptive", "adaptive": {"report": "tokens"} | (adaptive or {})}
     return body | {"return_token_ids": True} | options
 

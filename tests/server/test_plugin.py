@@ -1,0 +1,73 @@
+import logging
+from argparse import Namespace
+
+import pytest
+from fastapi import FastAPI
+
+from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
+from adaptive_head.vllm.compat import UnsupportedError
+from server.plugin import AdaptiveEndpoints, announce, require_engine_side
+from server.routes import CHAT_PATH, COMPLETION_PATH, HEADS_PATH, MODELS_PATH, RESPONSES_PATH
+from tests.server.fakes import describe_head, make_state
+
+ARGS = Namespace(host=None, port=8123)
+
+
+@pytest.mark.parametrize(
+    ("worker", "scheduler", "option"),
+    [
+        ("auto", None, f"--worker-cls {WORKER_CLS}, found auto"),
+        (WORKER_CLS, None, f"--scheduler-cls {SCHEDULER_CLS}, found None"),
+        ("auto", SCHEDULER_CLS, "--worker-cls"),
+    ],
+)
+def test_an_engine_without_our_side_is_refused_with_the_missing_option(worker, scheduler, option):
+    with pytest.raises(UnsupportedError) as caught:
+        require_engine_side(worker, scheduler)
+    assert option in str(caught.value)
+    assert "adaptive-serve" in str(caught.value)
+
+
+def test_an_engine_with_our_side_is_accepted():
+    require_engine_side(WORKER_CLS, SCHEDULER_CLS)
+
+
+@pytest.fixture
+def announced(caplog, monkeypatch):
+    """The lines that a start-up prints last."""
+    # vLLM's loggers do not propagate, which keeps them from caplog.
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+
+    def run(**state) -> str:
+        caplog.clear()
+        with caplog.at_level("INFO", logger="vllm"):
+            announce(make_state(**state), ARGS)
+        return "\n".join(caplog.messages)
+
+    return run
+
+
+def test_the_announcement_says_where_what_and_how(announced):
+    text = announced(adaptive_by_default=True)
+    assert "http://0.0.0.0:8123/v1" in text
+    assert "smol:adaptive" in text
+    assert "default adaptive" in text
+    assert "tok (token, default) [0 0.3 0.7 1]" in text
+    assert "seq (sequence) [0 0.3 0.7 1]" in text
+
+
+def test_the_announcement_does_not_hide_that_a_head_is_untrained(announced):
+    assert "UNTRAINED" in announced(heads={"a": describe_head(trained=False)})
+    assert "UNTRAINED" not in announced(heads={"a": describe_head(trained=True)})
+
+
+def test_the_announcement_says_that_policies_work_without_heads(announced):
+    assert "none; the learning-free policies work without" in announced(heads={})
+
+
+def test_the_routes_are_those_of_vllm_and_the_list_of_heads():
+    app = FastAPI()
+    known = {route.path for route in app.routes}
+    AdaptiveEndpoints().attach_router(app)
+    added = {path for path in app.openapi()["paths"]} - known
+    assert added == {CHAT_PATH, COMPLETION_PATH, RESPONSES_PATH, MODELS_PATH, HEADS_PATH}

@@ -1,0 +1,107 @@
+"""Starts and ends: the default command, several API processes, vLLM's own command, signals."""
+
+import json
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+
+from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
+from server.cli import EMBEDDED_NAME
+from tests.server.conftest import BIN, ENGINE_OPTIONS, MODEL, START_TIMEOUT_S, running
+
+pytestmark = pytest.mark.engine
+
+# What `vllm serve` runs; its console script cannot be relied on in the CPU wheel.
+VLLM_SERVE = """
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+cli_env_setup()
+args = make_arg_parser(FlexibleArgumentParser()).parse_args()
+validate_parsed_serve_args(args)
+ServeSubcommand.cmd(args)
+"""
+COUNT = "adaptive_temperature_count"
+
+
+def is_connected(process: psutil.Process, port: int) -> bool:
+    """Whether a process holds a connection of a client's, which are kept for some seconds."""
+    connections = process.net_connections("tcp")
+    return any(c.laddr.port == port and c.status == psutil.CONN_ESTABLISHED for c in connections)
+
+
+def assert_ends(server, number: int) -> None:
+    """Check that a signal ends the server with all its processes, and that it calls it success."""
+    children = server.children
+    assert len(children) >= 2
+    assert server.stop(number) == 0
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+
+
+@pytest.fixture(scope="module")
+def several(model, heads, tmp_path_factory):
+    """vLLM's own command with our options, and two API processes."""
+    settings = {"heads": {name: str(folder) for name, folder in heads.items()}}
+    options = [
+        "--api-server-count=2",
+        f"--worker-cls={WORKER_CLS}",
+        f"--scheduler-cls={SCHEDULER_CLS}",
+        f"--additional-config={json.dumps({'adaptive': settings})}",
+    ]
+    command = [sys.executable, "-c", VLLM_SERVE, str(model), *options, *ENGINE_OPTIONS]
+    log = tmp_path_factory.mktemp("several") / "log.txt"
+    with running(command, log, VLLM_PLUGINS="adaptive") as server:
+        server.wait_until_ready()
+        yield server
+
+
+def test_several_api_processes_report_and_count_together(several):
+    body = {"model": MODEL, "prompt": "Once upon", "temperature": "adaptive", "ignore_eos": True}
+    with ThreadPoolExecutor(12) as pool:
+        answers = [
+            pool.submit(several.post, "/v1/completions", body | {"max_tokens": 3 + number})
+            for number in range(12)
+        ]
+    choices = [future.result().json()["choices"][0] for future in answers]
+    assert [choice["adaptive"]["tokens"] for choice in choices] == [*range(3, 15)]
+    assert len([child for child in several.children if is_connected(child, several.port)]) == 2
+    for _ in range(4):
+        # A new connection each time, so that each process is asked.
+        several.http.close()
+        several.http = several.connect()
+        assert several.sum_metric(COUNT) == sum(range(3, 15))
+        assert several.sum_metric("adaptive_requests_total") == 12
+        assert several.sum_metric("adaptive_head_info") == 2
+
+
+def test_several_api_processes_end_together(several):
+    assert_ends(several, signal.SIGTERM)
+
+
+def test_the_bare_command_serves_the_embedded_model_until_interrupted(tmp_path):
+    command = [str(BIN / "adaptive-serve"), "--adaptive-default", "--dtype=float32"]
+    with running(command, tmp_path / "log.txt", VLLM_LOGGING_LEVEL="INFO") as server:
+        server.wait_until_ready()
+        assert f'"adaptive", or model "{EMBEDDED_NAME}:adaptive"' in server.read_log()
+        body = {"model": EMBEDDED_NAME, "prompt": "Once upon", "max_tokens": 4}
+        (choice,) = server.post("/v1/completions", body).json()["choices"]
+        assert choice["adaptive"]["head"] == "default"
+        body |= {"stream": True, "max_tokens": 4000, "ignore_eos": True}
+        with server.http.stream("POST", "/v1/completions", json=body) as stream:
+            next(stream.iter_lines())
+            assert_ends(server, signal.SIGINT)
+
+
+def test_the_plugin_without_its_worker_says_so_and_does_not_start(model, tmp_path):
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    with running([*command, *ENGINE_OPTIONS], tmp_path / "log.txt", VLLM_PLUGINS="adaptive") as server:
+        assert server.process.wait(START_TIMEOUT_S) != 0
+    sentence = f"the adaptive plugin needs --worker-cls {WORKER_CLS}, found"
+    assert sentence in server.log.read_text()
