@@ -5,6 +5,7 @@ import os
 import sys
 from argparse import Namespace
 from importlib import resources
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,13 @@ from adaptive_head.vllm.settings import CONFIG_KEY, AdaptiveSettings
 PLUGIN = "adaptive"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 CPU_KV_CACHE_BYTES = 2 << 30
+# All of vLLM's groups but the one for endpoints, which only load when they are named.
+PLUGIN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
 
 DESCRIPTION = """\
 An OpenAI-compatible server that chooses its own temperature: send
@@ -88,7 +96,10 @@ def main(argv: list[str] | None = None) -> None:
         args = prepare_args(ours, vllm_argv)
     except (HeadError, ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"adaptive-serve: {error}\n")
+    # vLLM only logs that a plugin cannot be imported, and would then serve without it.
     from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    import server.plugin  # noqa: F401
 
     ServeSubcommand.cmd(args)
 
@@ -123,8 +134,17 @@ def prepare_environment() -> None:
     """Enable the plugin in this process and those it starts. Before vLLM is imported."""
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise ValueError("VLLM_USE_RUST_FRONTEND bypasses the adaptive front end: unset it")
-    plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    listed = os.environ.get("VLLM_PLUGINS")
+    plugins = find_plugins() if listed is None else [name for name in listed.split(",") if name]
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, PLUGIN]))
+
+
+def find_plugins() -> list[str]:
+    """The installed plugins that vLLM would load by itself.
+
+    Naming ours makes vLLM's list exclusive, and must not switch the others off.
+    """
+    return sorted(plugin.name for group in PLUGIN_GROUPS for plugin in entry_points(group=group))
 
 
 def parse_vllm(vllm_argv: list[str]) -> Namespace:

@@ -71,7 +71,7 @@ class AdaptiveEndpoints:
         )
         refuse_unsupported(config)
         settings = read_settings(config.additional_config)
-        loaded = load_heads(settings, config.model_config)
+        loaded = load_heads(config)
         heads = {name: head.metadata for name, head in loaded.items()}
         served_names = tuple(path.name for path in state.openai_serving_models.base_model_paths)
         tokenizer = getattr(engine_client.renderer, "tokenizer", None)

@@ -67,3 +67,20 @@ def refuse_unsupported(config: "VllmConfig") -> None:
             f"adaptive temperatures do not work with {', '.join(found)}: "
             "leave the option out, or serve without adaptive temperatures"
         )
+
+
+def refuse_v1(device_type: str, tensor_parallel_size: int) -> None:
+    """Refuse vLLM's V1 model runner where ours would not do: it is made for one CPU process.
+
+    Raises:
+        UnsupportedError: says what to set instead.
+    """
+    if device_type != "cpu":
+        raise UnsupportedError(
+            "on a GPU adaptive temperatures need vLLM's V2 model runner: "
+            "set VLLM_USE_V2_MODEL_RUNNER=1, or leave out the option that switches it off"
+        )
+    if tensor_parallel_size > 1:
+        raise UnsupportedError(
+            "on a CPU adaptive temperatures do not work with --tensor-parallel-size above 1"
+        )

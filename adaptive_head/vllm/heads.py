@@ -10,23 +10,27 @@ from vllm.logger import init_logger
 from adaptive_head.checkpoint import HeadError, LoadedHead, load_head
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.options import OptionError, Options, PolicyName
-from adaptive_head.vllm.settings import AdaptiveSettings
+from adaptive_head.vllm.settings import read_settings
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
+    from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
 logger = init_logger(__name__)
 _POLICIES = frozenset(get_args(PolicyName))
 
 
-def load_heads(settings: AdaptiveSettings, model_config: "ModelConfig") -> dict[str, LoadedHead]:
-    """Load every configured head.
+def load_heads(config: "VllmConfig") -> dict[str, LoadedHead]:
+    """Load every head that the configuration names.
 
     Raises:
         HeadError: a head is damaged, or was made for another model.
+        ValueError: the settings are wrong, see `read_settings`.
     """
-    fingerprint = fingerprint_served(model_config) if _is_verified(settings) else None
+    settings = read_settings(config.additional_config)
+    is_verified = settings.verify_base and bool(settings.heads)
+    fingerprint = fingerprint_served(config) if is_verified else None
+    model_config = config.model_config
     hidden_size = model_config.get_hidden_size()
     heads = {}
     for name, folder in settings.heads.items():
@@ -42,23 +46,23 @@ def load_heads(settings: AdaptiveSettings, model_config: "ModelConfig") -> dict[
     return heads
 
 
-def fingerprint_served(model_config: "ModelConfig") -> str | None:
+def fingerprint_served(config: "VllmConfig") -> str | None:
     """The fingerprint of the model that an engine serves, from a folder or the hub's cache."""
+    model_config = config.model_config
     folder = Path(model_config.model)
     if not folder.is_dir():
         try:
             folder = Path(
                 snapshot_download(
-                    model_config.model, revision=model_config.revision, local_files_only=True
+                    model_config.model,
+                    revision=model_config.revision,
+                    cache_dir=config.load_config.download_dir,
+                    local_files_only=True,
                 )
             )
         except (HFValidationError, LocalEntryNotFoundError):
             return None
     return fingerprint_model(folder)
-
-
-def _is_verified(settings: AdaptiveSettings) -> bool:
-    return settings.verify_base and bool(settings.heads)
 
 
 def read_options(sampling_params: "SamplingParams", heads: dict[str, LoadedHead]) -> Options | None:

@@ -74,13 +74,8 @@ class AdaptiveRunnerV1(_Stock):
         """Exchange the sampler.
 
         Raises:
-            UnsupportedError: this is not a CPU, or the sampler is not vLLM's own.
+            UnsupportedError: the sampler is not vLLM's own.
         """
-        if self.device.type != "cpu":
-            raise UnsupportedError(
-                "on a GPU adaptive temperatures need vLLM's V2 model runner: "
-                "set VLLM_USE_V2_MODEL_RUNNER=1, or leave out the option that switches it off"
-            )
         if type(self.sampler) is not Sampler:
             raise UnsupportedError(
                 f"adaptive temperatures need vLLM's own sampler, found {type(self.sampler)}"

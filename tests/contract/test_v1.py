@@ -14,15 +14,17 @@ from vllm.v1.worker import gpu_model_runner as v1
 from vllm.v1.worker.gpu_input_batch import InputBatch as InputBatchV1
 
 from adaptive_head.selector import ORDINARY, TemperatureSelector, to_micro
-from adaptive_head.vllm.compat import UnsupportedError
+from adaptive_head.vllm.compat import UnsupportedError, refuse_v1
 from adaptive_head.vllm.runner_v1 import AdaptiveRunnerV1, AdaptiveSamplerV1
 from tests.contract.helpers import CPU, assert_in_order, constant, params_of, source
 
 
-def test_v1_is_refused_on_a_gpu():
-    runner = type("Runner", (AdaptiveRunnerV1,), {"device": torch.device("cuda")})()
+def test_v1_is_refused_on_a_gpu_and_in_parallel():
+    refuse_v1("cpu", 1)
     with pytest.raises(UnsupportedError, match="VLLM_USE_V2_MODEL_RUNNER=1"):
-        runner.load_heads({})
+        refuse_v1("cuda", 1)
+    with pytest.raises(UnsupportedError, match="--tensor-parallel-size"):
+        refuse_v1("cpu", 2)
 
 
 def test_v1_schedules_synchronously_on_a_cpu():

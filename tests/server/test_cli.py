@@ -4,6 +4,7 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from vllm.platforms import current_platform
@@ -244,3 +245,19 @@ def test_help_names_our_options_at_once(option):
         assert action.help.split("(")[0].split(";")[0].strip()[:30] in " ".join(output.split())
     assert "--help=all" in output
     assert output.endswith("False\n"), "the help waits for vLLM's import"
+
+
+def test_naming_our_plugin_keeps_those_that_vllm_would_load_by_itself(monkeypatch):
+    installed = {
+        "vllm.general_plugins": ["other"],
+        "vllm.endpoint_plugins": ["routes", "adaptive"],
+        "vllm.stat_logger_plugins": ["logger"],
+    }
+    monkeypatch.setattr(
+        cli,
+        "entry_points",
+        lambda group: [SimpleNamespace(name=name) for name in installed.get(group, [])],
+    )
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    cli.prepare_environment()
+    assert os.environ["VLLM_PLUGINS"] == "logger,other,adaptive"
