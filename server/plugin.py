@@ -1,7 +1,7 @@
 """The endpoint plugin that vLLM loads into its API process."""
 
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -22,7 +22,9 @@ from server.admission import AdaptiveState
 from server.engine_proxy import EngineProxy
 from server.metrics import AdaptiveMetrics
 from server.protocol import AdaptiveFields
+from server.report import Report
 from server.routes import make_router
+from server.stream import write_events
 
 # A custom vLLM logger name must start with "vllm" for its configuration to apply.
 logger = init_logger("vllm.adaptive")
@@ -31,10 +33,19 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
 
 
 class AdaptiveServingResponses(OpenAIServingResponses):
-    """vLLM's handler for responses, whose finished ones say what their temperatures were.
+    """vLLM's handler for responses, which say what their temperatures were.
 
-    An override and not a wrapper: stored and background responses never pass through a route.
+    Overrides and not wrappers: stored and background responses never pass through a route.
     """
+
+    def responses_stream_generator(
+        self, request: ResponsesRequest, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        events = super().responses_stream_generator(request, *args, **kwargs)
+        report = request.report if isinstance(request, AdaptiveFields) else None
+        if report is None or not self._shows_tokens(request, report):
+            return events
+        return write_events(events, report)
 
     async def responses_full_generator(
         self, request: ResponsesRequest, *args: Any, **kwargs: Any
@@ -43,8 +54,14 @@ class AdaptiveServingResponses(OpenAIServingResponses):
         report = request.report if isinstance(request, AdaptiveFields) else None
         is_described = isinstance(response, ResponsesResponse)
         if is_described and report is not None and report.detail != "none":
-            response.adaptive = report[0].describe()
+            shows_tokens = self._shows_tokens(request, report)
+            response.adaptive = report[0].describe() if shows_tokens else report[0].summarise()
         return response
+
+    def _shows_tokens(self, request: ResponsesRequest, report: Report) -> bool:
+        # Hidden reasoning hides what is said of its tokens.
+        is_hidden = not request.include_reasoning and self.parser is not None
+        return report.detail == "tokens" and not is_hidden
 
 
 class AdaptiveEndpoints:

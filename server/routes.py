@@ -23,7 +23,7 @@ from server.protocol import (
     AdaptiveResponsesRequest,
 )
 from server.report import Report
-from server.stream import write_chunks, write_events
+from server.stream import write_chunks
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETION_PATH = "/v1/completions"
@@ -133,11 +133,8 @@ async def _answer_response(request: AdaptiveResponsesRequest, raw_request: Reque
     handler = responses.responses(raw_request)
     if handler is None:
         raise NotImplementedError("The model does not support Responses API")
-    report = _report_of(request)
     answer = await handler.create_responses(request, raw_request)
     if isinstance(answer, AsyncGenerator):
-        if report.detail != "none":
-            answer = write_events(answer, report, show_tokens=report.detail == "tokens")
         return StreamingResponse(
             responses._convert_stream_to_sse_events(answer), media_type="text/event-stream"
         )

@@ -54,14 +54,13 @@ def _describe_chunk(choice: dict[str, Any], report: Report, show_tokens: bool) -
 
 
 async def write_events(
-    events: AsyncGenerator[Any, None], report: Report, *, show_tokens: bool
+    events: AsyncGenerator[Any, None], report: Report
 ) -> AsyncGenerator[Any, None]:
     """The same for the events of the Responses API, which are still objects here.
 
     The delta events list the temperatures; the summary is on the completed response.
     """
     async for event in events:
-        is_delta = show_tokens and event.type.endswith(".delta")
-        if is_delta and (temperatures := report[0].take_ready()):
+        if event.type.endswith(".delta") and (temperatures := report[0].take_ready()):
             event.adaptive = {"temperatures": temperatures}
         yield event

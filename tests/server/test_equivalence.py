@@ -76,18 +76,30 @@ def without_names(answer: dict) -> dict:
     return {key: value for key, value in answer.items() if key not in names}
 
 
+def about(value):
+    """The same, with logprobs as equal as they are where batches form by chance."""
+    match value:
+        case dict():
+            return {key: about(item) for key, item in value.items()}
+        case list():
+            return [about(item) for item in value]
+        case float():
+            return pytest.approx(value, abs=1e-3)
+    return value
+
+
 @pytest.mark.parametrize("case", COMPLETIONS)
 def test_completions_are_vllms(server, stock, case):
     ours, theirs = (complete(which, COMPLETIONS[case]) for which in (server, stock))
     assert ours["status"] == 200
-    assert without_names(ours) == without_names(theirs)
+    assert without_names(ours) == about(without_names(theirs))
 
 
 @pytest.mark.parametrize("case", CHATS)
 def test_chats_are_vllms(server, stock, case):
     ours, theirs = (chat(which, CHATS[case]) for which in (server, stock))
     assert ours["status"] == 200
-    assert without_names(ours) == without_names(theirs)
+    assert without_names(ours) == about(without_names(theirs))
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
 from tests.server.conftest import MODEL
@@ -75,7 +76,14 @@ def test_labels_say_which_head_chose(server):
     assert server.sum_metric("adaptive_head_info") == 2
 
 
-def test_a_client_that_leaves_ends_its_request_and_its_tokens_are_counted(server, client, rise):
+def wait_until_idle(server) -> None:
+    deadline = time.monotonic() + 20
+    while server.sum_metric("vllm:num_requests_running"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_client_that_leaves_ends_its_stream_and_its_tokens_are_counted(server, client, rise):
     stream = client.completions.create(
         model=MODEL,
         prompt="Once upon",
@@ -88,12 +96,21 @@ def test_a_client_that_leaves_ends_its_request_and_its_tokens_are_counted(server
     num_read = sum(
         len(next(chunks).choices[0].model_extra["adaptive"]["temperatures"]) for _ in range(5)
     )
+    assert server.sum_metric("vllm:num_requests_running") == 1
     stream.close()
-    deadline = time.monotonic() + 20
-    # An abort alone does not refresh vLLM's gauge; the next request's end does.
-    while server.sum_metric("vllm:num_requests_running"):
-        assert time.monotonic() < deadline
-        server.post("/v1/completions", make_body(temperature=0, max_tokens=1))
+    wait_until_idle(server)
     assert num_read <= rise(COUNT) < 1500
     assert rise(ANSWERS) in (0, 1)
     assert server.sum_metric("adaptive_temperature_bucket", le="+Inf") == server.sum_metric(COUNT)
+
+
+def test_a_client_that_waits_no_longer_ends_its_request(server, rise):
+    with ThreadPoolExecutor(1) as pool, server.connect() as connection:
+        connection.timeout = 1.5
+        body = make_body(max_tokens=1500)
+        asked = pool.submit(connection.post, "/v1/completions", json=body)
+        assert isinstance(asked.exception(), httpx.ReadTimeout)
+    wait_until_idle(server)
+    assert rise(REQUESTS) == 1
+    assert rise(COUNT) < 1500
+    assert complete(server) == 10

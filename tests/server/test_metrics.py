@@ -126,7 +126,8 @@ def test_what_is_exported_is_what_prometheus_reads():
     registry, metrics = make_metrics()
     metrics.count_tokens(resolve(), {300_000: 2})
     metrics.count_answer(resolve(), 0.3)
-    families = {f.name: f for f in text_string_to_metric_families(generate_latest(registry).decode())}
+    text = generate_latest(registry).decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
     assert families["adaptive_temperature"].type == "histogram"
     assert families["adaptive_request_temperature"].type == "histogram"
     assert families["adaptive_requests"].type == "counter"

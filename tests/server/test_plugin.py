@@ -1,14 +1,23 @@
 import logging
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 from fastapi import FastAPI
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError
-from server.plugin import AdaptiveEndpoints, announce, require_engine_side
+from server.plugin import (
+    AdaptiveEndpoints,
+    AdaptiveServingResponses,
+    announce,
+    require_engine_side,
+)
+from server.protocol import AdaptiveResponsesRequest
 from server.routes import CHAT_PATH, COMPLETION_PATH, HEADS_PATH, MODELS_PATH, RESPONSES_PATH
-from tests.server.fakes import describe_head, make_state
+from tests.server.fakes import describe_head, feed, make_report, make_state
 
 ARGS = Namespace(host=None, port=8123)
 
@@ -71,3 +80,54 @@ def test_the_routes_are_those_of_vllm_and_the_list_of_heads():
     AdaptiveEndpoints().attach_router(app)
     added = {path for path in app.openapi()["paths"]} - known
     assert added == {CHAT_PATH, COMPLETION_PATH, RESPONSES_PATH, MODELS_PATH, HEADS_PATH}
+
+
+@pytest.fixture
+def respond(monkeypatch):
+    """The finished response and the delta of one token, by our handler over vLLM's."""
+
+    async def full(handler, request):
+        return ResponsesResponse.model_construct()
+
+    async def stream(handler, request):
+        yield SimpleNamespace(type="response.output_text.delta")
+
+    monkeypatch.setattr(OpenAIServingResponses, "responses_full_generator", full)
+    monkeypatch.setattr(OpenAIServingResponses, "responses_stream_generator", stream)
+
+    async def run(request, parser=None):
+        handler = AdaptiveServingResponses.__new__(AdaptiveServingResponses)
+        handler.parser = parser
+        response = await handler.responses_full_generator(request)
+        (delta,) = [event async for event in handler.responses_stream_generator(request)]
+        return (response.model_extra or {}).get("adaptive"), getattr(delta, "adaptive", None)
+
+    return run
+
+
+def make_response_request(detail, **fields) -> AdaptiveResponsesRequest:
+    request = AdaptiveResponsesRequest.model_validate({"input": "hi"} | fields)
+    request.begin_report(make_report({"report": detail}))
+    feed(request.report.begin_prompt(), (0, [0.7], "stop"), finished=True)
+    return request
+
+
+@pytest.mark.parametrize("detail", ["none", "summary", "tokens"])
+async def test_a_response_says_as_much_as_asked(respond, detail):
+    full, delta = await respond(make_response_request(detail))
+    assert (full is None) == (detail == "none")
+    assert ("temperatures" in (full or {})) == (detail == "tokens")
+    assert delta == ({"temperatures": [0.7]} if detail == "tokens" else None)
+
+
+async def test_a_response_with_hidden_reasoning_is_only_summed_up(respond):
+    request = make_response_request("tokens", include_reasoning=False)
+    full, delta = await respond(request, parser=object())
+    assert (full["tokens"], "temperatures" in full, delta) == (1, False, None)
+    full, delta = await respond(request, parser=None)
+    assert (full["temperatures"], delta) == ([0.7], {"temperatures": [0.7]})
+
+
+async def test_an_ordinary_response_says_nothing(respond):
+    for kind in (ResponsesRequest, AdaptiveResponsesRequest):
+        assert await respond(kind.model_validate({"input": "hi"})) == (None, None)

@@ -3,7 +3,6 @@
 import json
 import signal
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -100,8 +99,9 @@ def test_the_bare_command_serves_the_embedded_model_until_interrupted(tmp_path):
 
 
 def test_the_plugin_without_its_worker_says_so_and_does_not_start(model, tmp_path):
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    with running([*command, *ENGINE_OPTIONS], tmp_path / "log.txt", VLLM_PLUGINS="adaptive") as server:
+    entry = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [*entry, "--model", str(model), *ENGINE_OPTIONS]
+    with running(command, tmp_path / "log.txt", VLLM_PLUGINS="adaptive") as server:
         assert server.process.wait(START_TIMEOUT_S) != 0
     sentence = f"the adaptive plugin needs --worker-cls {WORKER_CLS}, found"
     assert sentence in server.log.read_text()

@@ -143,21 +143,13 @@ async def test_events_of_the_responses_api_list_temperatures_on_their_deltas():
     kinds = ["created", "output_text.delta", "reasoning_text.delta", "output_text.done"]
     events = [event(f"response.{kind}", [0.3] * n) for n, kind in enumerate(kinds[:3])]
     events.append(event("response.output_text.done"))
-    shown = [item async for item in write_events(stream(events), report, show_tokens=True)]
+    shown = [item async for item in write_events(stream(events), report)]
     assert [getattr(item, "adaptive", None) for item in shown] == [
         None,
         {"temperatures": [0.3]},
         {"temperatures": [0.3, 0.3]},
         None,
     ]
-
-
-async def test_events_are_left_alone_without_tokens_to_show():
-    report = make_report()
-    feed(report.begin_prompt(), (0, [0.3], None))
-    events = [SimpleNamespace(type="response.output_text.delta")]
-    (event,) = [item async for item in write_events(stream(events), report, show_tokens=False)]
-    assert not hasattr(event, "adaptive")
 
 
 class Engine:
