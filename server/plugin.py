@@ -1,7 +1,7 @@
 """The endpoint plugin that vLLM loads into its API process."""
 
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -9,9 +9,6 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
-from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.logger import init_logger
 
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
@@ -20,48 +17,24 @@ from adaptive_head.vllm.heads import load_heads
 from adaptive_head.vllm.settings import read_settings
 from server.admission import AdaptiveState
 from server.engine_proxy import EngineProxy
+from server.handlers import (
+    AdaptiveServingChat,
+    AdaptiveServingCompletion,
+    AdaptiveServingResponses,
+)
 from server.metrics import AdaptiveMetrics
-from server.protocol import AdaptiveFields
-from server.report import Report
 from server.routes import make_router
-from server.stream import write_events
 
 # A custom vLLM logger name must start with "vllm" for its configuration to apply.
 logger = init_logger("vllm.adaptive")
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
-
-
-class AdaptiveServingResponses(OpenAIServingResponses):
-    """vLLM's handler for responses, which say what their temperatures were.
-
-    Overrides and not wrappers: stored and background responses never pass through a route.
-    """
-
-    def responses_stream_generator(
-        self, request: ResponsesRequest, *args: Any, **kwargs: Any
-    ) -> AsyncGenerator[Any, None]:
-        events = super().responses_stream_generator(request, *args, **kwargs)
-        report = request.report if isinstance(request, AdaptiveFields) else None
-        if report is None or not self._shows_tokens(request, report):
-            return events
-        return write_events(events, report)
-
-    async def responses_full_generator(
-        self, request: ResponsesRequest, *args: Any, **kwargs: Any
-    ) -> ErrorResponse | ResponsesResponse:
-        response = await super().responses_full_generator(request, *args, **kwargs)
-        report = request.report if isinstance(request, AdaptiveFields) else None
-        is_described = isinstance(response, ResponsesResponse)
-        if is_described and report is not None and report.detail != "none":
-            shows_tokens = self._shows_tokens(request, report)
-            response.adaptive = report[0].describe() if shows_tokens else report[0].summarise()
-        return response
-
-    def _shows_tokens(self, request: ResponsesRequest, report: Report) -> bool:
-        # Hidden reasoning hides what is said of its tokens.
-        is_hidden = not request.include_reasoning and self.parser is not None
-        return report.detail == "tokens" and not is_hidden
+# vLLM's request handlers by their names in the application's state, and what becomes of them.
+HANDLERS: dict[str, type[Any]] = {
+    "openai_serving_chat": AdaptiveServingChat,
+    "openai_serving_completion": AdaptiveServingCompletion,
+    "openai_serving_responses": AdaptiveServingResponses,
+}
 
 
 class AdaptiveEndpoints:
@@ -100,11 +73,21 @@ class AdaptiveEndpoints:
             tokenize_marker=tokenizer and partial(tokenizer.encode, add_special_tokens=False),
             metrics=AdaptiveMetrics(served_names[0], heads),
         )
-        proxy = EngineProxy(engine_client)
-        state.openai_serving_chat.engine_client = proxy
-        state.openai_serving_completion.engine_client = proxy
-        state.openai_serving_responses.engine_client = proxy
-        state.openai_serving_responses.__class__ = AdaptiveServingResponses
+        for name, handler_class in HANDLERS.items():
+            extend_handler(getattr(state, name), handler_class, EngineProxy(engine_client))
+
+
+def extend_handler(handler: Any, handler_class: type[Any], proxy: EngineProxy) -> None:
+    """Let one of vLLM's handlers read temperatures and report them.
+
+    Raises:
+        UnsupportedError: it is not of the class that ours extends.
+    """
+    found, wanted = type(handler), handler_class.__base__
+    if found is not wanted:
+        raise UnsupportedError(f"adaptive temperatures need vLLM's {wanted}, found {found}")
+    handler.__class__ = handler_class
+    handler.engine_client = proxy
 
 
 def require_engine_side(worker_cls: object, scheduler_cls: object) -> None:

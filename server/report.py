@@ -51,10 +51,14 @@ class ChoiceReport:
         self._num_sent = self._num_ready
         return [micro / MICRO for micro in micros]
 
-    def summarise(self) -> dict[str, Any]:
-        """The `adaptive` object of a finished answer, without its per-token list."""
+    def describe(self, show_tokens: bool) -> dict[str, Any]:
+        """The `adaptive` object of a finished answer.
+
+        Args:
+            show_tokens: whether to list the temperature of every token.
+        """
         used = sorted(self._num_tokens)
-        return {
+        described: dict[str, Any] = {
             "policy": self._options.policy,
             "head": self._options.name if self._options.policy == "head" else None,
             "level": self._options.level,
@@ -64,13 +68,9 @@ class ChoiceReport:
             "max": used[-1] / MICRO if used else None,
             "histogram": self._bin(used),
         }
-
-    def describe(self) -> dict[str, Any]:
-        """The `adaptive` object of a whole answer."""
-        summary = self.summarise()
-        if self._detail == "tokens":
-            summary["temperatures"] = [micro / MICRO for micro in self._micros]
-        return summary
+        if show_tokens:
+            described["temperatures"] = [micro / MICRO for micro in self._micros]
+        return described
 
     def _bin(self, used: list[int]) -> dict[str, int]:
         histogram: dict[str, int] = {}
@@ -181,3 +181,9 @@ class _Outputs(list[CompletionOutput]):
         if choices is not None:
             for output in super().__iter__():
                 choices[output.index].mark_ready(len(output.token_ids))
+
+
+def find_report(request: Any) -> Report | None:
+    """The report that the answer to a request shall show, if any."""
+    report = getattr(request, "report", None)
+    return report if isinstance(report, Report) and report.detail != "none" else None

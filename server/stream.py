@@ -13,7 +13,7 @@ _FINISHED = '"finish_reason":"'
 
 
 async def write_chunks(
-    chunks: AsyncGenerator[str, None], report: Report, *, show_tokens: bool
+    chunks: AsyncGenerator[str, None], report: Report, show_tokens: bool
 ) -> AsyncGenerator[str, None]:
     """Add to the chunks of a chat or completion stream what their tokens' temperatures were.
 
@@ -47,7 +47,7 @@ def _write_chunk(chunk: str, report: Report, show_tokens: bool) -> str:
 def _describe_chunk(choice: dict[str, Any], report: Report, show_tokens: bool) -> dict[str, Any]:
     choice_report = report[choice["index"]]
     is_finished = choice.get("finish_reason") is not None
-    adaptive = choice_report.summarise() if is_finished else {}
+    adaptive = choice_report.describe(show_tokens=False) if is_finished else {}
     if show_tokens and (temperatures := choice_report.take_ready()):
         adaptive["temperatures"] = temperatures
     return adaptive

@@ -52,8 +52,13 @@ from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError
 from server.cli import PLUGIN
 from server.engine_proxy import EngineProxy
+from server.handlers import (
+    AdaptiveServingChat,
+    AdaptiveServingCompletion,
+    AdaptiveServingResponses,
+)
 from server.metrics import AdaptiveMetrics, CountedHistogram
-from server.plugin import AdaptiveEndpoints, AdaptiveServingResponses, require_engine_side
+from server.plugin import AdaptiveEndpoints, require_engine_side
 from server.protocol import (
     AdaptiveChatCompletionRequest,
     AdaptiveCompletionRequest,
@@ -244,61 +249,49 @@ def test_handlers_pass_prompt_and_parameters_in_the_order_of_the_proxy(handler):
     assert_parameters(EngineProxy.generate, "self", "prompt", "sampling_params")
 
 
-@pytest.mark.parametrize(
-    ("handler", "method"),
-    [
-        (OpenAIServingChat, "create_chat_completion"),
-        (OpenAIServingCompletion, "create_completion"),
-        (OpenAIServingResponses, "create_responses"),
-    ],
-)
-def test_handlers_are_called_with_request_and_raw_request(handler, method):
-    assert_parameters(getattr(handler, method), "self", "request", "raw_request")
-
-
 def test_names_that_the_routes_take_from_vllms_modules():
     for module, names in (
-        (chat, ("router", "chat", "create_chat_completion")),
-        (completion, ("router", "completion", "create_completion")),
-        (responses, ("router", "responses", "create_responses", "_convert_stream_to_sse_events")),
+        (chat, ("router", "create_chat_completion")),
+        (completion, ("router", "create_completion")),
+        (responses, ("router", "create_responses")),
         (models, ("models",)),
     ):
         assert all(hasattr(module, name) for name in names), module.__name__
-    assert isinstance(chat.ENDPOINT_LOAD_METRICS_FORMAT_HEADER_LABEL, str)
+
+
+@pytest.mark.parametrize(
+    ("ours", "calls"),
+    [
+        (
+            AdaptiveServingChat,
+            {"chat_completion_stream_generator": 1, "chat_completion_full_generator": 1},
+        ),
+        (
+            AdaptiveServingCompletion,
+            {"completion_stream_generator": 1, "request_output_to_completion_response": 1},
+        ),
+        # Whole, streamed, stored and background responses.
+        (
+            AdaptiveServingResponses,
+            {"responses_stream_generator": 2, "responses_full_generator": 3},
+        ),
+    ],
+)
+def test_every_answer_is_made_by_a_method_that_we_override(ours, calls):
+    (stock,) = ours.__bases__
+    assert stock.__module__.startswith("vllm.")
+    for name, count in calls.items():
+        assert name in ours.__dict__
+        method = getattr(stock, name)
+        is_batch = name == "request_output_to_completion_response"
+        first = ("self", "final_res_batch", "request") if is_batch else ("self", "request")
+        assert_parameters(method, *first)
+        assert source(stock).count(f"self.{name}(") == count
+
+
+def test_handlers_say_whether_they_parse_reasoning():
     assert "self.parser_cls=" in source(OpenAIServingChat.__init__)
-    assert inspect.isasyncgenfunction(responses._convert_stream_to_sse_events)
-
-
-def test_stock_routes_make_of_an_answer_what_ours_make():
-    """Our three `_answer` functions repeat these."""
-    for endpoint in (chat.create_chat_completion, completion.create_completion):
-        assert_in_order(
-            endpoint,
-            "@with_cancellation",
-            "@load_aware_call",
-            "isinstance(generator, ErrorResponse)",
-            "content=generator.model_dump(), status_code=generator.error.code",
-            "headers=metrics_header(metrics_header_format)",
-            'getattr(args, "sse_keep_alive_interval", 0)',
-            "with_sse_keep_alive(generator, float(keep_alive_interval))",
-        )
-    assert_in_order(
-        responses.create_responses,
-        'content=generator.model_dump(mode="json", by_alias=True)',
-        "status_code=generator.error.code",
-        "content=_convert_stream_to_sse_events(generator)",
-    )
-
-
-def test_every_full_response_goes_through_the_method_that_we_override():
-    """Whole, streamed and stored ones: that is why it is an override."""
-    assert issubclass(AdaptiveServingResponses, OpenAIServingResponses)
-    assert_parameters(OpenAIServingResponses.responses_full_generator, "self", "request")
-    for method in ("create_responses", "responses_stream_generator", "_run_background_request"):
-        stock = OpenAIServingResponses.__dict__.get(method)
-        assert stock is not None, method
-    assert source(OpenAIServingResponses).count("self.responses_full_generator(request,") == 3
-    assert "ResponseCompletedEvent(" in source(OpenAIServingResponses.responses_stream_generator)
+    assert "self.parser=" in source(OpenAIServingResponses.__init__)
 
 
 def test_the_models_handler_has_what_admission_reads():

@@ -133,7 +133,7 @@ def test_every_import_of_vllm_is_in_the_document(path):
 
 def test_private_names_of_other_packages_are_in_the_document():
     text = DOCUMENT.read_text()
-    for name in ("_convert_stream_to_sse_events", "_sum", "_buckets", "_upper_bounds"):
+    for name in ("_sum", "_buckets", "_upper_bounds"):
         assert any(name in path.read_text() for path in files_of("server")), "no longer used"
         assert f"`.{name}`" in text, name
 

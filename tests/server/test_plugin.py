@@ -9,12 +9,8 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError
-from server.plugin import (
-    AdaptiveEndpoints,
-    AdaptiveServingResponses,
-    announce,
-    require_engine_side,
-)
+from server.handlers import AdaptiveServingResponses
+from server.plugin import AdaptiveEndpoints, announce, require_engine_side
 from server.protocol import AdaptiveResponsesRequest
 from server.routes import CHAT_PATH, COMPLETION_PATH, HEADS_PATH, MODELS_PATH, RESPONSES_PATH
 from tests.server.fakes import describe_head, feed, make_report, make_state

@@ -15,7 +15,7 @@ def read_all(adaptive, *temperatures, finish_reason="stop"):
 
 
 def test_a_whole_answer_is_summed_up():
-    assert read_all({"report": "tokens"}, 0.3, 0.7, 0.7, 0.0).describe() == {
+    assert read_all({"report": "tokens"}, 0.3, 0.7, 0.7, 0.0).describe(show_tokens=True) == {
         "policy": "head",
         "head": "tok",
         "level": "token",
@@ -29,28 +29,28 @@ def test_a_whole_answer_is_summed_up():
 
 
 def test_a_summary_has_no_list_of_temperatures():
-    choice = read_all({"report": "summary"}, 0.3)
-    assert "temperatures" not in choice.describe()
-    assert choice.describe() == choice.summarise()
+    whole = read_all({"report": "tokens"}, 0.3).describe(show_tokens=True)
+    summary = read_all({"report": "summary"}, 0.3).describe(show_tokens=False)
+    assert summary == {key: value for key, value in whole.items() if key != "temperatures"}
 
 
 def test_a_policy_has_no_head():
-    summary = read_all(ENTROPY, 0.5).summarise()
+    summary = read_all(ENTROPY, 0.5).describe(show_tokens=False)
     assert (summary["policy"], summary["head"]) == ("entropy", None)
 
 
 def test_the_level_is_the_heads_own():
-    assert read_all({"head": "seq"}, 0.5).summarise()["level"] == "sequence"
+    assert read_all({"head": "seq"}, 0.5).describe(show_tokens=False)["level"] == "sequence"
 
 
 def test_an_answer_without_tokens_has_no_mean():
-    summary = read_all({}, finish_reason="abort").summarise()
+    summary = read_all({}, finish_reason="abort").describe(show_tokens=False)
     assert (summary["tokens"], summary["histogram"]) == (0, {})
     assert summary["mean"] is summary["min"] is summary["max"] is None
 
 
 def test_the_mean_is_rounded_to_millionths():
-    assert read_all({}, 0.3, 0.3, 0.7).summarise()["mean"] == 0.433333
+    assert read_all({}, 0.3, 0.3, 0.7).describe(show_tokens=False)["mean"] == 0.433333
 
 
 @pytest.mark.parametrize(
@@ -58,18 +58,18 @@ def test_the_mean_is_rounded_to_millionths():
     [(0.0, "0"), (1.0, "1"), (0.7, "0.7"), (0.35, "0.35"), (0.333333, "0.333333"), (10.0, "10")],
 )
 def test_a_heads_histogram_has_the_exact_temperatures(temperature, key):
-    assert read_all({}, temperature).summarise()["histogram"] == {key: 1}
+    assert read_all({}, temperature).describe(show_tokens=False)["histogram"] == {key: 1}
 
 
 @pytest.mark.parametrize("policy", ["entropy", "schedule"])
 def test_a_continuous_policys_histogram_is_rounded_to_tenths(policy):
-    summary = read_all({"policy": policy}, 0.712345, 0.698, 0.04, 1.96).summarise()
+    summary = read_all({"policy": policy}, 0.712345, 0.698, 0.04, 1.96).describe(show_tokens=False)
     assert summary["histogram"] == {"0": 1, "0.7": 2, "2": 1}
     assert (summary["min"], summary["max"]) == (0.04, 1.96)
 
 
 def test_the_histogram_is_in_order_of_temperature():
-    histogram = read_all({}, 10.0, 0.7, 0.0, 2.0).summarise()["histogram"]
+    histogram = read_all({}, 10.0, 0.7, 0.0, 2.0).describe(show_tokens=False)["histogram"]
     assert list(histogram) == ["0", "0.7", "2", "10"]
 
 
@@ -79,7 +79,7 @@ def test_choices_are_numbered_through_the_prompts_of_a_request():
     feed(second, (1, [0.7], None))
     feed(first, (0, [0.0], None), (1, [0.3], None))
     feed(second, (0, [1.0], None))
-    lists = [report[index].describe()["temperatures"] for index in range(4)]
+    lists = [report[index].describe(show_tokens=True)["temperatures"] for index in range(4)]
     assert lists == [[0.0], [0.3], [1.0], [0.7]]
 
 

@@ -102,7 +102,7 @@ async def test_a_summary_comes_with_the_end_only():
     chunks = [chunk_of(), chunk_of(finish_reason="stop")]
     written = await write(report, *chunks, show_tokens=False)
     assert written[0] == chunks[0]
-    assert adaptive_of(written[1]) == report[0].summarise()
+    assert adaptive_of(written[1]) == report[0].describe(show_tokens=False)
 
 
 @pytest.mark.parametrize("show_tokens", [True, False])
