@@ -14,7 +14,7 @@ from adaptive_head.embedded_model import prepare
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import refuse_unsupported
-from adaptive_head.vllm.settings import CONFIG_KEY, AdaptiveSettings
+from adaptive_head.vllm.settings import CONFIG_KEY, AdaptiveSettings, check_head_name
 
 PLUGIN = "adaptive"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -182,7 +182,7 @@ def name_heads(specifications: list[str]) -> dict[str, Path]:
     """Heads by name, from `[NAME=]DIR`.
 
     Raises:
-        ValueError: two heads have the same name.
+        ValueError: two heads have the same name, or one has that of a policy.
     """
     heads: dict[str, Path] = {}
     for specification in specifications:
@@ -191,6 +191,7 @@ def name_heads(specifications: list[str]) -> dict[str, Path]:
         name = name if equals else path.name
         if not name or name in heads:
             raise ValueError(f"--head {specification}: name it apart, with NAME=DIR")
+        check_head_name(name)
         heads[name] = path
     return heads
 

@@ -1,7 +1,7 @@
 """The heads of an engine, loaded and checked against the model that it serves."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 
 from adaptive_head.checkpoint import HeadError, LoadedHead, load_head
 from adaptive_head.fingerprint import fingerprint_model
-from adaptive_head.options import OptionError, Options, PolicyName
+from adaptive_head.options import OptionError, Options
 from adaptive_head.vllm.settings import read_settings
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 logger = init_logger(__name__)
-_POLICIES = frozenset(get_args(PolicyName))
 
 
 def load_heads(config: "VllmConfig") -> dict[str, LoadedHead]:
@@ -34,8 +33,6 @@ def load_heads(config: "VllmConfig") -> dict[str, LoadedHead]:
     hidden_size = model_config.get_hidden_size()
     heads = {}
     for name, folder in settings.heads.items():
-        if name in _POLICIES:
-            raise HeadError(f"{folder}: a head cannot be named {name!r}, which is a policy")
         heads[name] = load_head(folder, hidden_size=hidden_size, fingerprint=fingerprint)
         made_for = heads[name].metadata.base_model
         if settings.verify_base and made_for.fingerprint is not None and fingerprint is None:

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from adaptive_head.options import PolicyName
 
 # The key in vLLM's `--additional-config`, a JSON object that reaches every process.
 CONFIG_KEY = "adaptive"
@@ -37,7 +39,7 @@ def read_settings(additional_config: Any) -> AdaptiveSettings:
     """The settings in a vLLM config's `additional_config`; defaults where there are none.
 
     Raises:
-        ValueError: a field is wrong, or `default_head` is not among the heads.
+        ValueError: a field is wrong, a head's name is taken, or `default_head` is not a head.
     """
     value = additional_config.get(CONFIG_KEY, {}) if isinstance(additional_config, Mapping) else {}
     try:
@@ -46,9 +48,17 @@ def read_settings(additional_config: Any) -> AdaptiveSettings:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in (CONFIG_KEY, *first["loc"]))
         raise ValueError(f"--additional-config: {field}: {first['msg']}") from None
+    for name in settings.heads:
+        check_head_name(name)
     if settings.default_head is not None and settings.default_head not in settings.heads:
         raise ValueError(
             f"--additional-config: {CONFIG_KEY}.default_head: {settings.default_head!r} is not "
             f"one of the heads ({', '.join(settings.heads) or 'none'})"
         )
     return settings
+
+
+def check_head_name(name: str) -> None:
+    """Raise ValueError for a head named like a policy: both label answers and metrics."""
+    if name in get_args(PolicyName):
+        raise ValueError(f"a head cannot be named {name!r}, which is a policy")
