@@ -16,7 +16,8 @@ def fingerprint_model(folder: Path) -> str | None:
     """A fingerprint of a model's weights: the same model saved as float32 or bfloat16 agrees,
     a fine-tuned sibling does not.
 
-    SHA-256 over every tensor's name, shape and first 64 values (as bfloat16), in order of name.
+    SHA-256 over every tensor's name, shape and the first 64 values of its first row (as bfloat16),
+    in order of name.
 
     Args:
         folder: a Hugging Face model folder.

@@ -165,18 +165,19 @@ def parse_request(value: Any) -> AdaptiveRequest:
         OptionError: names the first wrong field, and says what would be valid.
     """
     if not isinstance(value, Mapping):
-        raise OptionError("", f'must be an object such as {{"level": "token"}}, got {value!r:.80}')
+        raise OptionError("", f'must be an object such as {{"level": "token"}}, got {quote(value)}')
     try:
         return AdaptiveRequest.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
+        field = field if field.isprintable() else repr(field)
         message = first["msg"]
         if first["type"] == "extra_forbidden":
             *parents, _ = first["loc"]
             model = _PARAMETER_MODELS[str(parents[0])] if parents else AdaptiveRequest
             message = "unknown field; the fields are " + ", ".join(model.model_fields)
-        raise OptionError(field, f"{message} (got {first['input']!r:.80})") from None
+        raise OptionError(field, f"{message} (got {quote(first['input'])})") from None
 
 
 _PARAMETER_MODELS: dict[str, type[_Strict]] = {
@@ -185,6 +186,12 @@ _PARAMETER_MODELS: dict[str, type[_Strict]] = {
     "two_phase": TwoPhaseParameters,
     "constant": ConstantParameters,
 }
+
+
+def quote(value: Any) -> str:
+    """A client's value as an error shows it. Never what is in a list or an object, which may be
+    nested too deep to print."""
+    return type(value).__name__ if isinstance(value, list | dict) else f"{value!r:.80}"
 
 
 def resolve_options(

@@ -17,7 +17,8 @@ def entropy_temperature(
     """T = T0 * 0.8^(theta / H): EDT, Zhang, Bao and Huang 2024, arXiv 2403.14541.
 
     H is the entropy, in nats, of the distribution as it would be sampled at T = 1: after
-    grammar masks, bias and penalties. A certain model (H = 0) is sampled greedily.
+    grammar masks, bias and penalties. A certain model (H = 0) is sampled greedily, and so is a
+    row that is masked as a whole.
 
     Args:
         logits: float32 [rows, vocabulary]; masked tokens are -inf.
@@ -28,7 +29,7 @@ def entropy_temperature(
             for rows in logits.split(_MAX_ENTROPY_ROWS)
         ]
     )
-    return t0 * EDT_BASE ** (theta / entropy.clamp_min(1e-9))
+    return t0 * EDT_BASE ** (theta / entropy.nan_to_num(0.0).clamp_min(1e-9))
 
 
 def schedule_temperature(

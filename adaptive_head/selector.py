@@ -144,9 +144,7 @@ class TemperatureSelector:
         row[Column.PARAMETER_0 : Column.PARAMETER_0 + len(options.parameters)] = options.parameters
         self._options_np[slot] = row
         self._policy_np[slot] = policy
-        self._seeds_np[slot] = (
-            np.random.randint(np.iinfo(np.int64).max) if seed is None else np.int64(seed)
-        )
+        self._seeds_np[slot] = np.random.randint(1 << 63) if seed is None else _wrap_seed(seed)
         self._staged.add(slot)
         if options.policy == "two_phase":
             self._phases.add(slot, options.marker_token_ids, options.start_token_ids)
@@ -272,6 +270,11 @@ class TemperatureSelector:
     @staticmethod
     def _constant(_step: Step, options: torch.Tensor) -> torch.Tensor:
         return options[:, Column.PARAMETER_0]
+
+
+def _wrap_seed(seed: int) -> int:
+    """A seed as int64: vLLM gives the children of a request its seed, plus one each."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def to_micro(temperatures: torch.Tensor) -> torch.Tensor:

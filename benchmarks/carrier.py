@@ -25,7 +25,7 @@ OPTIONS = resolve_options(AdaptiveRequest(policy="constant"), {}, None)
 
 
 def main(
-    num_requests: Annotated[int, typer.Option(help="Requests in a step.")] = 256,
+    num_requests: Annotated[int, typer.Option(help="Requests in a step.", max=1024)] = 256,
     num_steps: Annotated[int, typer.Option(help="Steps of a run.")] = 100,
     num_pairs: Annotated[int, typer.Option(help="Runs with and without, in turns.")] = 15,
     detail: Annotated[Literal["summary", "tokens"], typer.Option(help="`report`.")] = "tokens",

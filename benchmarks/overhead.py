@@ -34,7 +34,8 @@ def main(
 ) -> None:
     """Print the ratio of tokens per second, adaptive to fixed, as JSON."""
     with contextlib.nullcontext(url) if url else start_server() as address:
-        model = httpx.get(f"{address}/v1/models").json()["data"][0]["id"]
+        models = httpx.get(f"{address}/v1/models").raise_for_status()
+        model = models.json()["data"][0]["id"]
         body = {
             "model": model,
             "messages": [{"role": "user", "content": PROMPT}],
@@ -75,7 +76,10 @@ def start_server() -> Iterator[str]:
         yield address
     finally:
         server.terminate()
-        server.wait(30)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], address: str) -> None:
@@ -114,7 +118,8 @@ async def run(
     async def ask(seed: int) -> None:
         async with client.stream("POST", endpoint, json={**body, "seed": seed}) as response:
             response.raise_for_status()
-            await response.aread()
+            if b'"error":' in await response.aread():
+                raise SystemExit("the server answered with an error in the middle of a stream")
 
     start = time.perf_counter()
     await asyncio.gather(*(ask(seed) for seed in range(concurrency)))

@@ -14,6 +14,7 @@ from server.report import Report
 
 # For clients that cannot send a string as temperature: a model's name with this at its end.
 MODEL_SUFFIX = ":adaptive"
+MAX_SEED = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -40,49 +41,62 @@ class AdaptiveState:
         return stripped if stripped != name and stripped in self.served_names else None
 
 
-def admit(request: AdaptiveFields, raw_request: Request) -> bool:
-    """Make a request adaptive if it asks for that.
-
-    Returns:
-        Whether it is adaptive; an ordinary request is unchanged.
+def admit(request: AdaptiveFields, raw_request: Request) -> None:
+    """Make a request adaptive if it asks for that; an ordinary one stays as it is.
 
     Raises:
         VLLMValidationError: it asks for something that cannot be served (a 400).
     """
     state: AdaptiveState = raw_request.app.state.adaptive
-    if not _is_adaptive(request, state):
-        if request.adaptive is not None:
-            raise VLLMValidationError(
-                f'adaptive goes with temperature "adaptive", not {request.temperature}',
-                parameter="temperature",
-            )
-        return False
+    served_name = state.strip_adaptive_name(request.model)
+    if served_name is not None:
+        request.model = served_name
+    adapters = raw_request.app.state.openai_serving_models.lora_requests
+    is_adapted = request.model in adapters
+    is_beam_search = getattr(request, "use_beam_search", False)
+    if served_name is None and not is_asked_for(request):
+        # What the server's default cannot serve was not asked for, and stays ordinary.
+        is_default = state.adaptive_by_default and request.temperature is None
+        if not is_default or is_adapted or is_beam_search:
+            return
     options = request.adaptive or AdaptiveRequest()
     try:
         resolved = resolve_options(options, state.heads, state.default_head, state.tokenize_marker)
     except OptionError as error:
         raise invalid_option(error) from None
-    if getattr(request, "use_beam_search", False):
+    if is_beam_search:
         raise VLLMValidationError(
             "beam search has no temperature to adapt; leave out use_beam_search",
             parameter="use_beam_search",
         )
-    adapters = raw_request.app.state.openai_serving_models.lora_requests
-    if resolved.policy == "head" and request.model in adapters:
+    if resolved.policy == "head" and is_adapted:
         raise VLLMValidationError(
             f"the heads were made for the base model, not for the adapter {request.model!r}; "
             f"ask for {' or '.join(state.served_names)}, or for a policy that needs no head",
             parameter="model",
         )
     num_choices = getattr(request, "n", 1) or 1
+    seed = getattr(request, "seed", None)
+    if seed is not None and seed + num_choices > MAX_SEED + 1:
+        # vLLM numbers a request's choices on from its seed, and a worker would fail on the last.
+        raise VLLMValidationError(
+            f"seed must be at most {MAX_SEED + 1 - num_choices} with n = {num_choices}",
+            parameter="seed",
+        )
     request.begin_report(Report(resolved, options.report, num_choices, state.metrics))
-    return True
 
 
-def _is_adaptive(request: AdaptiveFields, state: AdaptiveState) -> bool:
-    if (served_name := state.strip_adaptive_name(request.model)) is not None:
-        request.model = served_name
-        return True
-    if request.temperature is None:
-        return request.adaptive is not None or state.adaptive_by_default
-    return request.temperature == ADAPTIVE
+def is_asked_for(request: AdaptiveFields) -> bool:
+    """Whether the request's own fields make it adaptive.
+
+    Raises:
+        VLLMValidationError: they contradict each other.
+    """
+    if request.temperature in (None, ADAPTIVE):
+        return request.temperature == ADAPTIVE or request.adaptive is not None
+    if request.adaptive is not None:
+        raise VLLMValidationError(
+            f'adaptive goes with temperature "adaptive", not {request.temperature}',
+            parameter="temperature",
+        )
+    return False

@@ -9,11 +9,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 
-from adaptive_head.checkpoint import HeadError, load_head
+from adaptive_head.checkpoint import load_head
 from adaptive_head.embedded_model import prepare
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
-from adaptive_head.vllm.compat import refuse_unsupported
+from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
 from adaptive_head.vllm.settings import CONFIG_KEY, AdaptiveSettings, check_head_name
 
 PLUGIN = "adaptive"
@@ -42,7 +42,7 @@ examples:
   adaptive-serve
   adaptive-serve Qwen/Qwen3-8B --head heads/qwen3-8b --port 8001
   adaptive-serve MODEL --head fast=heads/a --head careful=heads/b --default-head careful
-  adaptive-serve MODEL --adaptive-default       no head needed: the policies work without
+  adaptive-serve MODEL                          no head: the learning-free policies work without
 """
 
 
@@ -92,9 +92,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.print_help()
         return
     ours, vllm_argv = parser.parse_known_args(argv)
+    from safetensors import SafetensorError
+    from vllm.exceptions import VLLMError
+
     try:
         args = prepare_args(ours, vllm_argv)
-    except (HeadError, ValueError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, SafetensorError, VLLMError) as error:
         parser.exit(2, f"adaptive-serve: {error}\n")
     # vLLM only logs that a plugin cannot be imported, and would then serve without it.
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -124,6 +127,8 @@ def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
         adaptive_by_default=ours.adaptive_default,
         verify_base=not ours.no_verify_base,
     )
+    if settings.adaptive_by_default and not settings.heads:
+        raise ValueError("--adaptive-default needs a --head")
     check_heads(settings, Path(args.model_tag))
     refuse_options(args)
     configure(args, settings)
@@ -132,8 +137,6 @@ def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
 
 def prepare_environment() -> None:
     """Enable the plugin in this process and those it starts. Before vLLM is imported."""
-    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
-        raise ValueError("VLLM_USE_RUST_FRONTEND bypasses the adaptive front end: unset it")
     listed = os.environ.get("VLLM_PLUGINS")
     plugins = find_plugins() if listed is None else [name for name in listed.split(",") if name]
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, PLUGIN]))
@@ -187,8 +190,9 @@ def name_heads(specifications: list[str]) -> dict[str, Path]:
     heads: dict[str, Path] = {}
     for specification in specifications:
         name, equals, folder = specification.partition("=")
-        path = Path(folder if equals else specification).expanduser().resolve()
-        name = name if equals else path.name
+        is_named = bool(equals) and "/" not in name
+        path = Path(folder if is_named else specification).expanduser().resolve()
+        name = name if is_named else path.name
         if not name or name in heads:
             raise ValueError(f"--head {specification}: name it apart, with NAME=DIR")
         check_head_name(name)
@@ -232,6 +236,8 @@ def refuse_options(args: Namespace) -> None:
         watermark_config=args.watermark_config,
     )
     refuse_unsupported(config)
+    if args.grpc:
+        raise UnsupportedError("--grpc bypasses the adaptive front end: leave it out")
 
 
 def configure(args: Namespace, settings: AdaptiveSettings) -> None:
@@ -244,7 +250,9 @@ def configure(args: Namespace, settings: AdaptiveSettings) -> None:
         raise ValueError(f"--worker-cls {args.worker_cls}: adaptive-serve brings its own worker")
     if args.scheduler_cls not in (None, SCHEDULER_CLS):
         raise ValueError(f"--scheduler-cls {args.scheduler_cls}: adaptive-serve brings its own")
-    additional = dict(args.additional_config or {})
+    additional = args.additional_config or {}
+    if not isinstance(additional, dict):
+        raise ValueError("--additional-config must be a JSON object")
     if CONFIG_KEY in additional:
         raise ValueError(f"--additional-config: give {CONFIG_KEY} as --head and its neighbours")
     args.worker_cls = WORKER_CLS

@@ -6,6 +6,7 @@ from contextlib import aclosing
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
+from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
@@ -29,6 +30,11 @@ class EngineProxy:
         report = (sampling_params.extra_args or {}).get(EXTRA_ARGS_KEY)
         if not isinstance(report, PromptReport):
             return self._engine_client.generate(prompt, sampling_params, *args, **kwargs)
+        # Some adapters are only found while the request is on its way; see also `admit`.
+        if report.options.policy == "head" and kwargs.get("lora_request") is not None:
+            raise VLLMValidationError(
+                "the heads were made for the base model, not for an adapter", parameter="model"
+            )
         # vLLM may generate again with the same parameters (tool calls), so they keep the report.
         sampling_params = copy.copy(sampling_params)
         sampling_params.extra_args = {

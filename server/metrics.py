@@ -66,7 +66,7 @@ class AdaptiveMetrics:
         )
         self._requests = Counter(
             "adaptive_requests",
-            "Adaptive prompts that reached the engine.",
+            "Adaptive prompts handed to the engine.",
             (*LABELS, "policy"),
             registry=registry,
         )
@@ -102,5 +102,9 @@ class AdaptiveMetrics:
 
 
 def merge_buckets(temperatures: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
-    """The temperatures of all heads, as bucket bounds; DEFAULT_BUCKETS where there are none."""
-    return tuple(sorted(set().union(*temperatures))) or DEFAULT_BUCKETS
+    """The temperatures of all heads, as bucket bounds; DEFAULT_BUCKETS where there are none.
+
+    Rounded as the observed ones are, which would miss their bucket otherwise.
+    """
+    bounds = {round(value * MICRO) / MICRO for head in temperatures for value in head}
+    return tuple(sorted(bounds)) or DEFAULT_BUCKETS

@@ -83,11 +83,13 @@ def extend_handler(handler: Any, handler_class: type[Any], proxy: EngineProxy) -
     Raises:
         UnsupportedError: it is not of the class that ours extends.
     """
-    found, wanted = type(handler), handler_class.__base__
+    (wanted,), found = handler_class.__bases__, handler.__class__
     if found is not wanted:
-        raise UnsupportedError(f"adaptive temperatures need vLLM's {wanted}, found {found}")
-    handler.__class__ = handler_class
+        raise UnsupportedError(
+            f"adaptive temperatures need vLLM's {wanted.__name__}, found {found.__name__}"
+        )
     handler.engine_client = proxy
+    handler.__class__ = handler_class
 
 
 def require_engine_side(worker_cls: object, scheduler_cls: object) -> None:
@@ -122,7 +124,8 @@ def announce_after(lifespan: Lifespan) -> Lifespan:
 def announce(state: AdaptiveState, args: Namespace) -> None:
     """Say in a few lines what is served, where, with which heads."""
     name = state.served_names[0]
-    url = f"http://{args.host or '0.0.0.0'}:{args.port}/v1"
+    scheme = "https" if args.ssl_certfile else "http"
+    url = args.uds or f"{scheme}://{args.host or '0.0.0.0'}:{args.port}/v1"
     default = "adaptive" if state.adaptive_by_default else "the model's default"
     lines = [
         f"adaptive temperatures for {name}",

@@ -10,7 +10,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from adaptive_head.options import EXTRA_ARGS_KEY, AdaptiveRequest, OptionError, parse_request
+from adaptive_head.options import EXTRA_ARGS_KEY, AdaptiveRequest, OptionError, parse_request, quote
 from server.report import Report
 
 ADAPTIVE = "adaptive"
@@ -95,7 +95,7 @@ def _check_temperature(value: Any) -> None:
         is_number = False
     if not is_number:
         raise VLLMValidationError(
-            f'temperature must be a finite number, "adaptive" or null, got {value!r:.80}',
+            f'temperature must be a finite number, "adaptive" or null, got {quote(value)}',
             parameter="temperature",
         )
 

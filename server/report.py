@@ -128,6 +128,10 @@ class PromptReport:
         self._uncounted: dict[int, int] = {}
         self._num_uncounted = 0
 
+    def __repr__(self) -> str:
+        # vLLM logs a request's parameters, with this among them, where it is asked to.
+        return repr(self.options)
+
     def begin(self) -> None:
         """The prompt is handed to the engine."""
         self._metrics.count_request(self.options)
@@ -136,7 +140,7 @@ class PromptReport:
         """Take the temperatures off an output, count them, and remember them."""
         for completion in output.outputs:
             micros = take_choices(completion) or []
-            assert len(micros) == len(completion.token_ids)
+            assert len(micros) == len(completion.token_ids), "a token came without temperature"
             choice = self._choices[completion.index]
             choice.add(micros)
             for micro in micros:

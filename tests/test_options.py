@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptive_head.options import OptionError, Options, parse_request, resolve_options
+from adaptive_head.options import OptionError, Options, parse_request, quote, resolve_options
 
 
 class FakeHead(NamedTuple):
@@ -426,3 +426,17 @@ def test_any_entry_is_read_or_refused(field, junk):
 def test_options_are_frozen(field):
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(resolve({}), field, None)
+
+
+def test_an_error_never_prints_what_is_in_a_list_or_an_object():
+    deep: list = []
+    for _ in range(20_000):
+        deep = [deep]
+    assert quote(deep) == "list"
+    assert quote("x" * 100) == "'" + "x" * 79
+
+
+def test_a_field_name_cannot_break_the_line():
+    with pytest.raises(OptionError) as caught:
+        parse_request({"x\ny": 1})
+    assert "\n" not in caught.value.field

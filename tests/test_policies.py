@@ -99,3 +99,9 @@ def test_two_phase_takes_the_answer_s_temperature_once_thinking_is_over():
         torch.tensor([False, True]), torch.tensor([1.0, 1.2]), torch.tensor([0.3, 0.5])
     )
     assert chosen.tolist() == [1.0, 0.5]
+
+
+def test_a_row_that_is_masked_as_a_whole_is_greedy():
+    """NaN would say that the row is an ordinary request's."""
+    row = torch.full((1, 4), -INF)
+    assert entropy_temperature(row, torch.ones(1), torch.ones(1)).tolist() == [0.0]

@@ -759,9 +759,17 @@ def test_any_row_is_within_its_bounds_and_independent_of_its_batch(batch, seed):
     micros = to_micro(chosen)
     for options, row, micro in zip(batch, rows, micros.tolist(), strict=True):
         if options is not None:
-            assert options.min - 1e-6 <= micro / 1e6 <= options.max + 1e-6
+            assert options.min - 2e-6 <= micro / 1e6 <= options.max + 2e-6
             add(apart, 0, options, tokens=row.request.tokens, seed=row.request.seed)
             alone = Row(row.request, 0, row.position, True, row.hidden, row.logits)
             assert to_micro(apart.select(make_step([alone]))).tolist() == [
                 pytest.approx(micro, abs=1)
             ]
+
+
+def test_a_seed_beyond_int64_wraps_around(selector):
+    """vLLM gives the n-th choice of a request its seed plus n."""
+    options = make_options("constant", select="sample")
+    for seed in (1 << 63, -(1 << 63) - 1, (1 << 63) - 1):
+        selector.add(0, options, seed)
+    selector.flush()

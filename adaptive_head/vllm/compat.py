@@ -69,8 +69,11 @@ def refuse_unsupported(config: "VllmConfig") -> None:
         )
 
 
-def refuse_v1(device_type: str, tensor_parallel_size: int) -> None:
+def refuse_v1(device_type: str, world_size: int) -> None:
     """Refuse vLLM's V1 model runner where ours would not do: it is made for one CPU process.
+
+    Args:
+        world_size: tensor-parallel times pipeline-parallel.
 
     Raises:
         UnsupportedError: says what to set instead.
@@ -80,7 +83,8 @@ def refuse_v1(device_type: str, tensor_parallel_size: int) -> None:
             "on a GPU adaptive temperatures need vLLM's V2 model runner: "
             "set VLLM_USE_V2_MODEL_RUNNER=1, or leave out the option that switches it off"
         )
-    if tensor_parallel_size > 1:
+    if world_size > 1:
         raise UnsupportedError(
-            "on a CPU adaptive temperatures do not work with --tensor-parallel-size above 1"
+            "on a CPU adaptive temperatures do not work with --tensor-parallel-size or "
+            "--pipeline-parallel-size above 1"
         )

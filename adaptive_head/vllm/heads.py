@@ -38,7 +38,8 @@ def load_heads(config: "VllmConfig") -> dict[str, LoadedHead]:
         if settings.verify_base and made_for.fingerprint is not None and fingerprint is None:
             raise HeadError(
                 f"{folder}: the head was made for {made_for.name}, and {model_config.model} has "
-                "no safetensors to compare with; set verify_base to false if it is that model"
+                "no safetensors to compare with; if it is that model, say --no-verify-base "
+                "(verify_base in --additional-config)"
             )
     return heads
 

@@ -18,7 +18,8 @@ class AdaptiveSettings(BaseModel):
     Attributes:
         heads: folders of the heads, by the name under which requests pick them.
         default_head: the head of requests that name none; the first if null.
-        adaptive_by_default: whether requests that name no temperature are adaptive.
+        adaptive_by_default: whether requests that name no temperature are adaptive. Not those to
+            which a head cannot answer: beam search, and LoRA adapters.
         verify_base: whether a head must have been made for exactly the served weights. Off for
             a quantised copy of the head's base model.
     """
@@ -50,6 +51,8 @@ def read_settings(additional_config: Any) -> AdaptiveSettings:
         raise ValueError(f"--additional-config: {field}: {first['msg']}") from None
     for name in settings.heads:
         check_head_name(name)
+    if settings.adaptive_by_default and not settings.heads:
+        raise ValueError("requests can only be adaptive by default where a head is loaded")
     if settings.default_head is not None and settings.default_head not in settings.heads:
         raise ValueError(
             f"--additional-config: {CONFIG_KEY}.default_head: {settings.default_head!r} is not "

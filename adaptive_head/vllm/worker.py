@@ -28,7 +28,7 @@ class AdaptiveWorker(PlatformWorker):
         """Build vLLM's model runner, then let ours take its place."""
         refuse_unsupported(self.vllm_config)
         if not self.use_v2_model_runner:
-            refuse_v1(current_platform.device_type, self.parallel_config.tensor_parallel_size)
+            refuse_v1(current_platform.device_type, self.parallel_config.world_size)
         super().init_device()
         if self.use_v2_model_runner:
             from adaptive_head.vllm.runner_v2 import AdaptiveRunnerV2 as mixin

@@ -14,7 +14,8 @@ def make_request(**fields):
 def try_admit(state=None, **fields):
     """The request after admission, and whether it is adaptive."""
     request = make_request(**fields)
-    return request, admit(request, make_http_request(state or make_state()))
+    admit(request, make_http_request(state or make_state()))
+    return request, request.report is not None
 
 
 def refuse(state=None, **fields) -> VLLMValidationError:
@@ -137,3 +138,20 @@ def test_the_report_has_a_place_for_every_choice_of_every_prompt(fields, num_cho
 @pytest.mark.parametrize("detail", ["none", "summary", "tokens"])
 def test_the_report_is_as_detailed_as_asked(detail):
     assert try_admit(adaptive={"report": detail})[0].report.detail == detail
+
+
+def test_what_the_default_cannot_serve_stays_ordinary():
+    state = make_state(adaptive_by_default=True)
+    assert try_admit(state)[1]
+    assert not try_admit(state, model=ADAPTER)[1]
+    assert not try_admit(state, use_beam_search=True)[1]
+
+
+def test_a_seed_leaves_room_for_every_choice():
+    """Beyond int64 vLLM's worker raises, which ends the engine."""
+    largest = (1 << 63) - 1
+    assert try_admit(temperature="adaptive", seed=largest)[1]
+    assert try_admit(temperature="adaptive", seed=largest - 2, n=3)[1]
+    error = refuse(temperature="adaptive", seed=largest - 1, n=3)
+    assert error.parameter == "seed"
+    assert str(largest - 2) in str(error)

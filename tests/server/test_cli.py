@@ -139,7 +139,31 @@ def test_the_default_head_is_one_of_the_heads(refusal, serve, model, heads):
 
 def test_requests_are_ordinary_by_default(serve, model):
     assert settings_of(serve(model)).adaptive_by_default is False
-    assert settings_of(serve(model, "--adaptive-default")).adaptive_by_default is True
+
+
+def test_requests_are_adaptive_by_default_only_where_a_head_can_answer(
+    serve, refusal, model, heads
+):
+    args = serve(model, f"--head={heads / 'a'}", "--adaptive-default")
+    assert settings_of(args).adaptive_by_default is True
+    assert "--adaptive-default needs a --head" in refusal(model, "--adaptive-default")
+
+
+def test_a_folder_may_have_an_equals_sign_in_its_path(refusal, model, heads):
+    assert "run=3" in refusal(model, f"--head={heads}/run=3/gone")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--grpc",),
+        ("--additional-config", "[1]"),
+        ("--enable-auto-tool-choice",),
+        ("--chat-template", "/nowhere/template"),
+    ],
+)
+def test_vllms_own_refusals_and_ours_are_one_sentence(refusal, model, arguments):
+    assert arguments[0] in refusal(model, *arguments) or arguments[-1] in refusal(model, *arguments)
 
 
 @pytest.mark.parametrize(

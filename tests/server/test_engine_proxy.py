@@ -2,6 +2,7 @@ import asyncio
 
 import pytest
 from prometheus_client import CollectorRegistry
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from adaptive_head.options import EXTRA_ARGS_KEY, Options
@@ -135,3 +136,11 @@ async def test_nothing_is_counted_before_the_first_output_is_asked_for():
     generator = EngineProxy(Engine()).generate("p", adaptive_params(registry), "id")
     assert sample(registry, "adaptive_requests_total") == 0
     await generator.aclose()
+
+
+def test_an_adapter_that_is_found_late_is_refused_for_a_head():
+    engine = Engine()
+    with pytest.raises(VLLMValidationError) as caught:
+        EngineProxy(engine).generate("prompt", adaptive_params(), "id", lora_request=object())
+    assert caught.value.parameter == "model"
+    assert not engine.calls

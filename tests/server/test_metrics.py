@@ -73,6 +73,7 @@ def test_prometheus_client_still_has_the_private_fields_that_are_used():
 
 def test_buckets_are_the_temperatures_of_all_heads():
     assert merge_buckets([(0.0, 0.7), (0.3, 0.7, 1.5)]) == (0.0, 0.3, 0.7, 1.5)
+    assert merge_buckets([(2 / 3, 1.0)]) == (0.666667, 1.0), "as temperatures are observed"
     assert merge_buckets([]) == DEFAULT_BUCKETS == tuple(sorted(DEFAULT_BUCKETS))
 
 

@@ -15,7 +15,7 @@ from server.protocol import AdaptiveResponsesRequest
 from server.routes import CHAT_PATH, COMPLETION_PATH, HEADS_PATH, MODELS_PATH, RESPONSES_PATH
 from tests.server.fakes import describe_head, feed, make_report, make_state
 
-ARGS = Namespace(host=None, port=8123)
+ARGS = Namespace(host=None, port=8123, uds=None, ssl_certfile=None)
 
 
 @pytest.mark.parametrize(
