@@ -68,7 +68,7 @@ def test_the_python_example_runs(server):
 
 
 def test_a_head_for_ones_own_model(model, tmp_path):
-    init, show, serve = OWN_MODEL.replace("path/to/model", str(model)).strip().splitlines()
+    _, init, show, serve = OWN_MODEL.replace("path/to/model", str(model)).strip().splitlines()
     assert NAME.lower() in run(f"PATH={BIN}:$PATH; {init}; {show}", cwd=tmp_path).lower()
     arguments = serve.replace("heads/mine", str(tmp_path / "heads" / "mine"))
     args = prepare_args(*make_parser().parse_known_args(shlex.split(arguments)[1:]))
