@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.print_help()
         return
     ours, vllm_argv = parser.parse_known_args(argv)
+    prepare_environment()
     from safetensors import SafetensorError
     from vllm.exceptions import VLLMError
 
@@ -114,7 +115,6 @@ def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
         HeadError: a head cannot be used with this model.
         ValueError: options contradict each other.
     """
-    prepare_environment()
     heads = name_heads(ours.head)
     args = parse_vllm(vllm_argv)
     if args.model_tag is None:

@@ -6,13 +6,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
-from adaptive_head import AdaptiveHead, HeadConfig, load_head, save_head
-from adaptive_head.checkpoint import BaseModelIdentity
-from adaptive_head.fingerprint import fingerprint_model
+from adaptive_head import AdaptiveHead, HeadConfig, load_head
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from tests.engine.tiny_model import HIDDEN_SIZE, make_tiny_model
+from tests.heads import save_strong_head
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -40,17 +38,13 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def heads(tmp_path_factory, tiny_model) -> dict[str, Path]:
-    """A head a level, with opinions strong enough that ties do not matter."""
+    """A head a level."""
     folder = tmp_path_factory.mktemp("heads")
-    identity = BaseModelIdentity(name="tiny", fingerprint=fingerprint_model(tiny_model))
-    for seed, (name, level) in enumerate([("tok", "token"), ("seq", "sequence")]):
-        network = AdaptiveHead(HeadConfig(HIDDEN_SIZE, TEMPERATURES, (32, 32)), seed=seed)
-        with torch.no_grad():
-            for layer in network.layers:
-                layer.weight *= 3
-            network.layers[-1].weight *= 100
-        save_head(folder / name, network, level=level, base_model=identity, trained=False)
-    return {name: folder / name for name in ("tok", "seq")}
+    config = HeadConfig(HIDDEN_SIZE, TEMPERATURES, (32, 32))
+    return {
+        name: save_strong_head(folder / name, tiny_model, config, level, seed)
+        for name, level, seed in [("tok", "token", 0), ("seq", "sequence", 1)]
+    }
 
 
 @pytest.fixture(scope="session")

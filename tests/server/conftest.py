@@ -12,14 +12,12 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-import torch
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from adaptive_head import AdaptiveHead, HeadConfig, load_head, save_head
-from adaptive_head.checkpoint import BaseModelIdentity
+from adaptive_head import AdaptiveHead, HeadConfig, load_head
 from adaptive_head.embedded_model import prepare
-from adaptive_head.fingerprint import fingerprint_model
+from tests.heads import save_strong_head
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
@@ -135,18 +133,13 @@ def model() -> Path:
 
 @pytest.fixture(scope="session")
 def heads(tmp_path_factory, model) -> dict[str, Path]:
-    """A head a level, with opinions strong enough that ties do not matter."""
+    """A head a level, with seeds for which all temperatures come up."""
     folder = tmp_path_factory.mktemp("heads")
-    identity = BaseModelIdentity(name="SmolLM2", fingerprint=fingerprint_model(model))
-    # Seeds with which all temperatures come up.
-    for name, level, seed in [("tok", "token", 9), ("seq", "sequence", 6)]:
-        network = AdaptiveHead(HeadConfig(HIDDEN_SIZE, TEMPERATURES, (64, 64)), seed=seed)
-        with torch.no_grad():
-            for layer in network.layers:
-                layer.weight *= 3
-            network.layers[-1].weight *= 100
-        save_head(folder / name, network, level=level, base_model=identity, trained=False)
-    return {name: folder / name for name in ("tok", "seq")}
+    config = HeadConfig(HIDDEN_SIZE, TEMPERATURES, (64, 64))
+    return {
+        name: save_strong_head(folder / name, model, config, level, seed)
+        for name, level, seed in [("tok", "token", 9), ("seq", "sequence", 6)]
+    }
 
 
 @pytest.fixture(scope="session")
