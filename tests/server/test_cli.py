@@ -282,6 +282,8 @@ def test_naming_our_plugin_keeps_those_that_vllm_would_load_by_itself(monkeypatc
         "entry_points",
         lambda group: [SimpleNamespace(name=name) for name in installed.get(group, [])],
     )
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    # Set first: what was never there, monkeypatch would not take away again.
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    monkeypatch.delenv("VLLM_PLUGINS")
     cli.prepare_environment()
     assert os.environ["VLLM_PLUGINS"] == "logger,other,adaptive"
