@@ -26,15 +26,14 @@ ORDINARY = -1
 class Column(IntEnum):
     """Columns of the table of options, one row a slot."""
 
-    POLICY = 0
-    IS_SEQUENCE = 1
-    IS_SAMPLED = 2
-    SCALE = 3
-    MIN = 4
-    MAX = 5
-    PARAMETER_0 = 6
-    PARAMETER_1 = 7
-    PARAMETER_2 = 8
+    IS_SEQUENCE = 0
+    IS_SAMPLED = 1
+    SCALE = 2
+    MIN = 3
+    MAX = 4
+    PARAMETER_0 = 5
+    PARAMETER_1 = 6
+    PARAMETER_2 = 7
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,6 @@ class TemperatureSelector:
             return False
         policy = self._policy_index[options.policy, options.name]
         row = np.zeros(len(Column), dtype=np.float32)
-        row[Column.POLICY] = policy
         row[Column.IS_SEQUENCE] = options.level == "sequence"
         row[Column.IS_SAMPLED] = options.select == "sample"
         row[Column.SCALE] = options.scale
@@ -213,7 +211,7 @@ class TemperatureSelector:
         is_pure = len(present) == 1 and (self._policy_np[step.slots_np] != ORDINARY).all()
         if is_pure:
             return self._policies[present[0]](step, options)
-        temperatures = torch.full_like(options[:, Column.POLICY], torch.nan)
+        temperatures = torch.full((len(options),), torch.nan, device=self.device)
         # A slot that now holds an ordinary request may still have an adaptive one's options.
         policy = upload(self._policy_np[step.slots_np], self.device)
         for index in present:

@@ -11,9 +11,9 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 
+from adaptive_head.checkpoint import read_metadata
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
-from adaptive_head.vllm.heads import load_heads
 from adaptive_head.vllm.settings import read_settings
 from server.admission import AdaptiveState
 from server.engine_proxy import EngineProxy
@@ -53,7 +53,7 @@ class AdaptiveEndpoints:
 
         Raises:
             UnsupportedError: the engine was started without our worker or scheduler.
-            HeadError: a head is damaged, or was made for another model.
+            HeadError: a head's `head.json` cannot be read.
         """
         config = engine_client.vllm_config
         require_engine_side(
@@ -61,8 +61,8 @@ class AdaptiveEndpoints:
         )
         refuse_unsupported(config)
         settings = read_settings(config.additional_config)
-        loaded = load_heads(config)
-        heads = {name: head.metadata for name, head in loaded.items()}
+        # The engine is up, so its worker has checked them against the model.
+        heads = {name: read_metadata(folder) for name, folder in settings.heads.items()}
         served_names = tuple(path.name for path in state.openai_serving_models.base_model_paths)
         tokenizer = getattr(engine_client.renderer, "tokenizer", None)
         state.adaptive = AdaptiveState(
