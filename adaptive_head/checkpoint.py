@@ -116,10 +116,15 @@ def save_head(
         packages=_package_versions(),
     )
     save_file(weights, folder / WEIGHTS_FILE)
-    partial = folder / f"{METADATA_FILE}.partial"
-    partial.write_text(metadata.model_dump_json(indent=2) + "\n")
-    os.replace(partial, folder / METADATA_FILE)
+    replace_file(folder / METADATA_FILE, metadata.model_dump_json(indent=2) + "\n")
     return metadata
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Write a file that others see complete, in its old form or its new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(content, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def load_head(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -23,6 +23,7 @@ from adaptive_head.checkpoint import (
 from adaptive_head.embedded_model import ModelPreparationError, prepare
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.head import AdaptiveHead, HeadConfig
+from adaptive_head.language_model import find_hidden_size, find_model_name, read_model_config
 
 app = typer.Typer(
     add_completion=False,
@@ -120,43 +121,6 @@ def explain_errors() -> Iterator[None]:
             f"adaptive-head: {sentence}", style="red", markup=False, highlight=False
         )
         raise typer.Exit(WRONG_INPUT) from None
-
-
-def read_model_config(model: Path) -> dict[str, Any]:
-    """A model folder's `config.json`."""
-    path = model / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{model} is not a model folder: it has no config.json") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
-
-
-def find_hidden_size(model: Path, config: dict[str, Any]) -> int:
-    """The width of a model's last hidden state; multimodal models keep it in `text_config`."""
-    text_config = config.get("text_config")
-    inner = text_config.get("hidden_size") if isinstance(text_config, dict) else None
-    size = config.get("hidden_size") or inner
-    if type(size) is not int or size < 1:
-        raise ValueError(f"{model / 'config.json'} has no hidden_size; give it as --hidden-size")
-    return size
-
-
-def find_model_name(model: Path, config: dict[str, Any]) -> str:
-    """The name that the model was published under, or its folder's where only that is known."""
-    published = config.get("_name_or_path")
-    # It can be a path on the machine that saved the model, which is nobody's business.
-    if isinstance(published, str) and published and not is_path(published):
-        return published
-    return model.resolve().name
-
-
-def is_path(name: str) -> bool:
-    return name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1
 
 
 def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:

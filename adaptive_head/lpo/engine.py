@@ -1,0 +1,182 @@
+"""Responses from vLLM, with our sampler, outside a server: what rollouts and evaluation ask for."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from adaptive_head.checkpoint import read_metadata
+from adaptive_head.lpo.experiment import EngineConfig
+from adaptive_head.lpo.records import FinishReason
+from adaptive_head.options import AdaptiveRequest, Head, resolve_options
+from adaptive_head.selector import MICRO
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt and how to sample one response to it.
+
+    Args:
+        id: unique among the requests of one `generate`.
+        temperature: a fixed one, or an `AdaptiveRequest`.
+    """
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    max_tokens: int
+    seed: int
+    temperature: float | AdaptiveRequest
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came of a request: tokens, and the temperature of each."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    temperatures: tuple[float, ...]
+    text: str
+    finish_reason: FinishReason
+
+
+class Engine(Protocol):
+    """Something that answers requests, several at once."""
+
+    def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[Generation]:
+        """Generations as they finish, in any order. Takes requests only as it has room."""
+        ...
+
+    def close(self) -> None:
+        """End the engine and what it started."""
+        ...
+
+
+@contextmanager
+def open_engine(model: Path | str, config: EngineConfig, heads: Mapping[str, Path]) -> Iterator[Engine]:
+    """The engine that the settings ask for, until the block ends.
+
+    Args:
+        model: a folder, or a name on the Hugging Face hub.
+        heads: folders of the heads to load, by name.
+
+    Raises:
+        ValueError: vLLM refuses an option, or a head is not one for the model.
+    """
+    if config.backend == "local":
+        engine: Engine = LocalEngine(model, config, heads)
+    elif config.backend == "ray":
+        from adaptive_head.lpo.engine_ray import RayEngine
+
+        engine = RayEngine(model, config, heads)
+    else:
+        from adaptive_head.lpo.engine_dp import DataParallelEngine
+
+        engine = DataParallelEngine(model, config, heads)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+class LocalEngine:
+    """One vLLM engine in this process."""
+
+    def __init__(self, model: Path | str, config: EngineConfig, heads: Mapping[str, Path]) -> None:
+        # In one process: an engine of its own takes longer to start than a small model to run.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self._max_num_seqs = config.max_num_seqs
+        self._heads = {name: read_metadata(folder) for name, folder in heads.items()}
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(**engine_arguments(model, config, heads))
+        )
+
+    def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[Generation]:
+        """See `Engine`."""
+        waiting = iter(requests)
+        running: dict[str, GenerationRequest] = {}
+        try:
+            while True:
+                for request in islice(waiting, self._max_num_seqs - len(running)):
+                    running[request.id] = request
+                    self._engine.add_request(
+                        request.id,
+                        {"prompt_token_ids": list(request.prompt_token_ids)},
+                        make_sampling_params(request, self._heads),
+                    )
+                if not running:
+                    return
+                for output in self._engine.step():
+                    if output.finished:
+                        yield read_generation(output, running.pop(output.request_id))
+        finally:
+            if running:
+                self._engine.abort_request(list(running))
+
+    def close(self) -> None:
+        """See `Engine`."""
+        import gc
+
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._engine.engine_core.shutdown()
+        del self._engine
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def engine_arguments(
+    model: Path | str, config: EngineConfig, heads: Mapping[str, Path]
+) -> dict[str, Any]:
+    """vLLM's engine arguments for our sampler; `config.options` have the last word."""
+    from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
+
+    return {
+        "model": str(model),
+        "dtype": config.dtype,
+        "max_num_seqs": config.max_num_seqs,
+        "worker_cls": WORKER_CLS,
+        "scheduler_cls": SCHEDULER_CLS,
+        "additional_config": {
+            "adaptive": {"heads": {name: str(folder) for name, folder in heads.items()}}
+        },
+        "disable_log_stats": True,
+        "enable_prefix_caching": True,
+        **config.options,
+    }
+
+
+def make_sampling_params(request: GenerationRequest, heads: Mapping[str, Head]) -> Any:
+    """vLLM's sampling parameters for a request."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    common = {
+        "seed": request.seed,
+        "max_tokens": request.max_tokens,
+        "output_kind": RequestOutputKind.FINAL_ONLY,
+    }
+    if isinstance(request.temperature, AdaptiveRequest):
+        options = resolve_options(request.temperature, heads, next(iter(heads), None))
+        return SamplingParams(temperature=1.0, extra_args=options.to_extra_args(), **common)
+    return SamplingParams(temperature=request.temperature, **common)
+
+
+def read_generation(output: Any, request: GenerationRequest) -> Generation:
+    """The one completion of a finished vLLM `RequestOutput`."""
+    from adaptive_head.vllm.choices import take_choices
+
+    completion = output.outputs[0]
+    token_ids = tuple(completion.token_ids)
+    if isinstance(request.temperature, AdaptiveRequest):
+        temperatures = tuple(micro / MICRO for micro in take_choices(completion) or ())
+    else:
+        temperatures = (request.temperature,) * len(token_ids)
+    return Generation(
+        request.id, token_ids, temperatures, completion.text, completion.finish_reason or "abort"
+    )

@@ -1,0 +1,260 @@
+"""An experiment as its YAML file describes it: every setting of training, in one place."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from adaptive_head.head import check_temperatures
+from adaptive_head.lpo.records import DataError
+from adaptive_head.lpo.rewards import RewardConfig
+from adaptive_head.options import EntropyParameters, Level, Temperature
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+LossName = Literal["eq10", "eq11", "eq9", "nll", "cross_entropy"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PromptConfig(_Strict):
+    """Where a task's prompts come from: a generator of `lpo.tasks`, or JSONL files.
+
+    A line of a file is `{"messages": [...]}` or `{"text": "..."}`; any other key of it goes into
+    the prompt's reference. `template` wraps a line's value `{prompt}` or other keys instead.
+    """
+
+    generate: str | None = None
+    file: Path | None = None
+    test_file: Path | None = None
+    template: str | None = None
+    num_train: Count
+    num_test: Count
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if (self.generate is None) == (self.file is None):
+            raise ValueError("give either generate or file")
+        if self.generate and (self.test_file or self.template):
+            raise ValueError("test_file and template belong to file")
+        return self
+
+
+class Preference(_Strict):
+    """Which response of a prompt is better, by the names of the task's rewards.
+
+    With `first` alone the best by it is chosen and the worst rejected. With `then`, as in the
+    paper (§3.3): among the `top` best by `first` the best by `then`, among the `top` worst the
+    worst.
+    """
+
+    first: str
+    then: str | None = None
+    top: Count = 4
+
+
+class TaskConfig(_Strict):
+    """One kind of prompt, and what makes a response to it good.
+
+    Args:
+        rewards: by name; each gives every response a score, higher is better.
+        prefer: makes pairs.
+        compare: rewards by which evaluation tells who wins, the later ones break ties; the first
+            is the task's metric. Empty: all rewards, in their order.
+    """
+
+    prompts: PromptConfig
+    max_tokens: Count
+    rewards: Annotated[dict[Name, RewardConfig], Field(min_length=1)]
+    prefer: Preference
+    compare: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        for name in (self.prefer.first, self.prefer.then, *self.compare):
+            if name is not None and name not in self.rewards:
+                raise ValueError(f"{name!r} is not one of the rewards ({', '.join(self.rewards)})")
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return self.compare or tuple(self.rewards)
+
+
+class EngineConfig(_Strict):
+    """How vLLM runs. `options` are any of vLLM's engine arguments.
+
+    Args:
+        backend: `local` is one engine in this process; `data_parallel` vLLM's own data
+            parallelism, of `num_replicas`; `ray` one engine a Ray actor, on one machine or many.
+        max_num_seqs: requests that run at once in a replica.
+    """
+
+    backend: Literal["local", "data_parallel", "ray"] = "local"
+    num_replicas: Count = 1
+    max_num_seqs: Count = 128
+    dtype: str = "auto"
+    ray_address: str | None = None
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> Self:
+        if self.backend == "local" and self.num_replicas != 1:
+            raise ValueError("num_replicas needs the backend data_parallel or ray")
+        return self
+
+
+class RolloutConfig(_Strict):
+    num_responses: Annotated[int, Field(ge=2, le=1024)] = 16
+    shard_size: Count = 2000
+
+
+class HeadRecipe(_Strict):
+    """How one head is trained. The defaults are ours: the paper names none of them.
+
+    Args:
+        credit: `response` pairs whole responses, `span` the spans that a reward scores apart.
+        max_pairs_per_prompt: of spans; responses make one pair a prompt, as in the paper.
+        length_normalised: divide a side's sum of log-probabilities by its number of tokens.
+        mean_penalty: weight of KL(P(. | h) || mean P) in the loss, which pulls the choice towards
+            one that does not depend on the state; 0 is the paper.
+        layers: widths of the hidden layers.
+    """
+
+    level: Level
+    loss: LossName = "eq10"
+    credit: Literal["response", "span"] = "response"
+    tasks: tuple[str, ...] = ()
+    max_pairs_per_prompt: Count = 32
+    temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    layers: tuple[Count, ...] = (256, 256)
+    beta: Annotated[float, Field(gt=0, le=100)] = 1.0
+    length_normalised: bool = False
+    mean_penalty: Annotated[float, Field(ge=0)] = 0.0
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    batch_size: Count = 64
+    max_epochs: Count = 100
+    patience: Count = 10
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _check_temperatures(self) -> Self:
+        check_temperatures(self.temperatures)
+        if self.level == "sequence" and self.credit == "span":
+            raise ValueError("credit: a sequence-level head has one choice, so no spans")
+        return self
+
+
+class EvaluationConfig(_Strict):
+    """What the heads are compared with on held-out prompts.
+
+    Args:
+        num_responses: to each prompt, in every arm.
+        num_train_prompts: a task's training prompts on which its best fixed temperature is
+            chosen; 0 leaves that control out.
+        majority: compare answers by majority vote over `num_responses` (maj@N), too.
+        entropy: settings of the entropy rule, the learning-free control.
+    """
+
+    num_responses: Count = 1
+    num_train_prompts: Annotated[int, Field(ge=0)] = 100
+    fixed: tuple[Temperature, ...] = ()
+    majority: bool = False
+    entropy: EntropyParameters = EntropyParameters()
+    num_bootstrap: Count = 10_000
+
+
+class Experiment(_Strict):
+    """A whole experiment file.
+
+    Args:
+        model: `embedded`, a folder, or a name on the Hugging Face hub.
+        heads: by name; those of one level and one set of temperatures share rollouts.
+    """
+
+    name: Name
+    about: str = ""
+    model: str = "embedded"
+    seed: Seed = 0
+    engine: EngineConfig = EngineConfig()
+    tasks: Annotated[dict[Name, TaskConfig], Field(min_length=1)]
+    rollouts: RolloutConfig = RolloutConfig()
+    heads: Annotated[dict[Name, HeadRecipe], Field(min_length=1)]
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> Self:
+        for name, head in self.heads.items():
+            if unknown := set(head.tasks) - self.tasks.keys():
+                raise ValueError(f"heads.{name}.tasks: {', '.join(sorted(unknown))} is not a task")
+        return self
+
+    def shrink(self) -> "Experiment":
+        """The `--quick` form: the same stages on a few short responses, in minutes.
+
+        Its numbers mean nothing; it shows that an experiment runs from end to end.
+        """
+        tasks = {
+            name: task.model_copy(
+                update={
+                    "prompts": task.prompts.model_copy(update={"num_train": 6, "num_test": 4}),
+                    "max_tokens": min(task.max_tokens, 24),
+                }
+            )
+            for name, task in self.tasks.items()
+        }
+        heads = {
+            name: head.model_copy(update={"max_epochs": 2}) for name, head in self.heads.items()
+        }
+        evaluation = {"num_responses": min(self.evaluation.num_responses, 3)}
+        evaluation |= {"num_train_prompts": min(self.evaluation.num_train_prompts, 4)}
+        return self.model_copy(
+            update={
+                "tasks": tasks,
+                "heads": heads,
+                "rollouts": self.rollouts.model_copy(update={"num_responses": 6}),
+                "evaluation": self.evaluation.model_copy(
+                    update=evaluation | {"num_bootstrap": 200}
+                ),
+            }
+        )
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read an experiment file; paths in it are relative to its folder.
+
+    Raises:
+        DataError: names the file, the field and what would be valid.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} must hold the fields {', '.join(Experiment.model_fields)}")
+    try:
+        experiment = Experiment.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        raise DataError(f"{path}: {name}: {first['msg']}") from None
+    return experiment
+
+
+def digest(value: Any) -> str:
+    """A short hash of settings, by which a stage knows whether its results are still theirs."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def derive_seed(*parts: object) -> int:
+    """A request's seed in [0, 2^31): a function of what it belongs to, whatever runs beside it."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1

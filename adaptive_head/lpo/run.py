@@ -1,0 +1,178 @@
+"""A whole experiment: prompts, rollouts, pairs, features, heads, evaluation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Literal, get_args
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from adaptive_head.language_model import LanguageModel
+from adaptive_head.lpo.evaluate import evaluate
+from adaptive_head.lpo.experiment import Experiment, HeadRecipe
+from adaptive_head.lpo.features import compute_features, read_unembedding
+from adaptive_head.lpo.pair_report import write_report
+from adaptive_head.lpo.pairs import PairSet, make_pairs
+from adaptive_head.lpo.records import Prompt, Response, write_records
+from adaptive_head.lpo.rewards import Reward, build_reward
+from adaptive_head.lpo.rollouts import roll_out
+from adaptive_head.lpo.tasks import Split, encode_prompt, make_prompts
+from adaptive_head.lpo.train import train_head
+from adaptive_head.options import Level
+
+Stage = Literal["rollouts", "pairs", "train", "evaluate"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+Group = tuple[Level, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """An experiment, its model, and the folder of its results; each stage skips what is there.
+
+    ```
+    prompts/     train.jsonl, test.jsonl
+    rollouts/    for each level and set of temperatures: shards, and the features of their pairs
+    heads/NAME/  pairs.jsonl with report and plot, training logs, head/
+    evaluation/  answers, results.json, results.md, plots
+    ```
+    """
+
+    experiment: Experiment
+    model: LanguageModel
+    folder: Path
+
+    def execute(self, until: Stage = "evaluate") -> None:
+        """Every stage up to one.
+
+        Raises:
+            DataError: an input is wrong; names the file and line, or the setting.
+        """
+        last = STAGES.index(until)
+        for split, prompts in self.prompts.items():
+            for prompt in prompts:
+                for reward in self.rewards[prompt.task].values():
+                    reward.check_prompt(prompt)
+            (self.folder / "prompts").mkdir(parents=True, exist_ok=True)
+            write_records(self.folder / "prompts" / f"{split}.jsonl", prompts)
+        for group, recipes in self.groups.items():
+            responses = self.roll_out(group)
+            if last == STAGES.index("rollouts"):
+                continue
+            pairs = {
+                name: self.pair(name, recipe, responses) for name, recipe in recipes.items()
+            }
+            if last >= STAGES.index("train"):
+                self.train(group, recipes, responses, pairs)
+        if last >= STAGES.index("evaluate"):
+            self.evaluate()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.model.folder)
+
+    @cached_property
+    def prompts(self) -> dict[Split, list[Prompt]]:
+        return {
+            split: make_prompts(self.experiment.tasks, split, self.experiment.seed, self.tokenizer)
+            for split in get_args(Split)
+        }
+
+    @cached_property
+    def rewards(self) -> dict[str, dict[str, Reward]]:
+        """By task and name."""
+        return {
+            task: {name: build_reward(name, reward) for name, reward in config.rewards.items()}
+            for task, config in self.experiment.tasks.items()
+        }
+
+    @property
+    def groups(self) -> dict[Group, dict[str, HeadRecipe]]:
+        """The heads by what they share rollouts by: level and temperatures."""
+        groups: dict[Group, dict[str, HeadRecipe]] = {}
+        for name, recipe in self.experiment.heads.items():
+            groups.setdefault((recipe.level, recipe.temperatures), {})[name] = recipe
+        return groups
+
+    def roll_out(self, group: Group) -> list[Response]:
+        """The rollouts of a group."""
+        level, temperatures = group
+        return roll_out(
+            self.experiment,
+            level,
+            temperatures,
+            model=self.model,
+            prompts=self.prompts["train"],
+            encode=partial(encode_prompt, self.tokenizer),
+            rewards=self.rewards,
+            folder=self.group_folder(group),
+        )
+
+    def pair(self, name: str, recipe: HeadRecipe, responses: Sequence[Response]) -> PairSet:
+        """The pairs of one head, with their report."""
+        pairs = make_pairs(
+            {prompt.id: prompt for prompt in self.prompts["train"]},
+            responses,
+            self.experiment.tasks,
+            recipe,
+            self.rewards,
+            self.tokenizer.decode,
+            self.experiment.seed,
+        )
+        folder = self.folder / "heads" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_records(folder / "pairs.jsonl", pairs.pairs)
+        write_report(pairs, responses, recipe, folder)
+        return pairs
+
+    def train(
+        self,
+        group: Group,
+        recipes: Mapping[str, HeadRecipe],
+        responses: Sequence[Response],
+        pairs: Mapping[str, PairSet],
+    ) -> None:
+        """The heads of a group, all on one computation of the features."""
+        level, temperatures = group
+        sides = (s for p in pairs.values() for pair in p.pairs for s in (pair.chosen, pair.rejected))
+        used = {side.key for side in sides}
+        paired = [response for response in responses if response.key in used]
+        features = compute_features(
+            self.model.folder,
+            paired,
+            level,
+            temperatures,
+            self.group_folder(group) / "features",
+        )
+        for name, recipe in recipes.items():
+            needs_logits = recipe.loss == "cross_entropy"
+            train_head(
+                recipe,
+                features,
+                pairs[name].pairs,
+                self.folder / "heads" / name,
+                identity=self.model.identity,
+                provenance={
+                    "experiment": self.experiment.model_dump(mode="json"),
+                    "num_responses": len(responses),
+                    "num_tokens": sum(len(response.token_ids) for response in responses),
+                },
+                unembedding=read_unembedding(self.model.folder) if needs_logits else None,
+            )
+
+    def evaluate(self) -> None:
+        """All heads on the held-out prompts."""
+        evaluate(
+            self.experiment,
+            self.model.folder,
+            {name: self.folder / "heads" / name / "head" for name in self.experiment.heads},
+            self.prompts["train"],
+            self.prompts["test"],
+            partial(encode_prompt, self.tokenizer),
+            self.rewards,
+            self.folder / "evaluation",
+        )
+
+    def group_folder(self, group: Group) -> Path:
+        level, temperatures = group
+        return self.folder / "rollouts" / "-".join([level, *(f"{t:g}" for t in temperatures)])
