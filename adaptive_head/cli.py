@@ -1,6 +1,8 @@
-"""The command `adaptive-head`: make a head, look at one, prepare the embedded model."""
+"""The command `adaptive-head`: make, train, look at and try a head."""
 
 import json
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -9,6 +11,7 @@ from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
@@ -18,12 +21,20 @@ from adaptive_head.checkpoint import (
     HeadError,
     LoadedHead,
     load_head,
+    read_metadata,
     save_head,
 )
 from adaptive_head.embedded_model import ModelPreparationError, prepare
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.head import AdaptiveHead, HeadConfig
-from adaptive_head.language_model import find_hidden_size, find_model_name, read_model_config
+from adaptive_head.heads import SHIPPED_HEADS
+from adaptive_head.language_model import (
+    EMBEDDED,
+    find_hidden_size,
+    find_language_model,
+    find_model_name,
+    read_model_config,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -34,6 +45,7 @@ app = typer.Typer(
 Number = TypeVar("Number", int, float)
 
 WRONG_INPUT = 2
+INTERRUPTED = 130
 
 
 class LevelOption(StrEnum):
@@ -108,6 +120,89 @@ def prepare_model() -> None:
     with explain_errors():
         folder = prepare()
     typer.echo(folder)
+
+
+class StageOption(StrEnum):
+    rollouts = "rollouts"
+    pairs = "pairs"
+    train = "train"
+    evaluate = "evaluate"
+
+
+@app.command()
+def run(
+    experiment: Annotated[Path, typer.Argument(help="YAML file of the experiment.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results; else runs/NAME.")
+    ] = None,
+    until: Annotated[
+        StageOption, typer.Option(help="The last stage to do.")
+    ] = StageOption.evaluate,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few short responses: try it, in minutes.")
+    ] = False,
+) -> None:
+    """Train and evaluate heads as an experiment says, skipping what is there already."""
+    with explain_errors(), calm_libraries():
+        from adaptive_head.lpo import Run, read_experiment
+
+        settings = read_experiment(experiment)
+        settings = settings.shrink() if quick else settings
+        name = f"{settings.name}-quick" if quick else settings.name
+        folder = out or Path("runs") / name
+        Run(settings, find_language_model(settings.model), folder).execute(until.value)
+        results = folder / "evaluation" / "results.md"
+        if until is StageOption.evaluate:
+            Console().print(Markdown(results.read_text(encoding="utf-8")))
+    typer.echo(f"Results are in {folder}", err=True)
+
+
+@app.command()
+def inspect(
+    prompt: Annotated[str, typer.Argument(help="What the user says.")],
+    head: Annotated[Path, typer.Option(help="Folder of the head.")] = SHIPPED_HEADS["token"],
+    model: Annotated[str, typer.Option(help="`embedded`, a folder, or a name on the hub.")] = (
+        EMBEDDED
+    ),
+    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1)] = 0,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the same as an HTML page to this file.")
+    ] = None,
+) -> None:
+    """Answer a prompt, and show each token coloured by its temperature."""
+    with explain_errors(), calm_libraries():
+        from adaptive_head.lpo.coloring import make_page, print_answer
+        from adaptive_head.lpo.inspection import answer_prompt
+
+        maximum = max(read_metadata(head).temperatures)
+        pieces, temperatures = answer_prompt(
+            prompt, head, find_language_model(model), max_tokens, seed
+        )
+        print_answer(Console(), pieces, temperatures, prompt, maximum)
+        if html is not None:
+            page = make_page(pieces, temperatures, "Answer by temperature", prompt, maximum)
+            html.write_text(page, encoding="utf-8")
+
+
+@contextmanager
+def calm_libraries() -> Iterator[None]:
+    """Keep vLLM's log and its libraries' warnings off the terminal, unless the user set a level.
+
+    Ctrl-C ends with one line: what is on disk goes on from there.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except KeyboardInterrupt:
+            typer.echo("Stopped. The same command goes on from here.", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"{error.name} is not installed: pip install 'adaptive-head-server[train]'"
+            ) from None
 
 
 @contextmanager

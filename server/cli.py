@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from argparse import Namespace
-from importlib import resources
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 from adaptive_head.checkpoint import load_head
 from adaptive_head.embedded_model import prepare
 from adaptive_head.fingerprint import fingerprint_model
+from adaptive_head.heads import SHIPPED_HEADS
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
 from adaptive_head.vllm.settings import CONFIG_KEY, AdaptiveSettings, check_head_name
@@ -120,7 +120,7 @@ def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
     if args.model_tag is None:
         args.model_tag = str(prepare())
         args.served_model_name = args.served_model_name or [EMBEDDED_NAME]
-        heads = heads or {"default": shipped_head()}
+        heads = heads or dict(SHIPPED_HEADS)
     settings = AdaptiveSettings(
         heads=heads,
         default_head=ours.default_head,
@@ -198,11 +198,6 @@ def name_heads(specifications: list[str]) -> dict[str, Path]:
         check_head_name(name)
         heads[name] = path
     return heads
-
-
-def shipped_head() -> Path:
-    """The head for the embedded model."""
-    return Path(str(resources.files("adaptive_head") / "heads" / "default"))
 
 
 def check_heads(settings: AdaptiveSettings, model: Path) -> None:

@@ -110,9 +110,8 @@ def read_heads(experiment: Experiment, heads: Mapping[str, Path]) -> dict[str, H
     found = {}
     for name, folder in heads.items():
         recipe = experiment.heads.get(name)
-        tasks = tuple(
-            task for task in experiment.tasks if not (recipe and recipe.tasks) or task in recipe.tasks
-        )
+        trained = recipe.tasks if recipe else ()
+        tasks = tuple(task for task in experiment.tasks if not trained or task in trained)
         if not tasks:
             raise DataError(f"head {name} belongs to no task of the experiment")
         weights = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()[:16]
@@ -201,7 +200,7 @@ def save_shuffled_heads(arm: Arm, metadata: HeadMetadata, folder: Path) -> dict[
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.zero_()
-            network.layers[-1].bias.copy_(shares.log().clamp(min=_NEVER))
+            network.get_parameter("layers.0.bias").copy_(shares.log().clamp(min=_NEVER))
         name = name_shuffled_head(arm.head or "", task)
         folders[name] = folder / name
         shutil.rmtree(folders[name], ignore_errors=True)
@@ -221,9 +220,7 @@ def fix_temperature(temperature: float) -> Setting:
     low, high = _VLLM_TEMPERATURES
     if temperature == 0 or low <= temperature <= high:
         return temperature
-    return AdaptiveRequest(
-        policy="constant", constant=ConstantParameters(temperature=temperature)
-    )
+    return AdaptiveRequest(policy="constant", constant=ConstantParameters(temperature=temperature))
 
 
 def format_temperature(temperature: float) -> str:

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from adaptive_head.head import check_temperatures
 from adaptive_head.lpo.records import DataError
@@ -36,6 +44,11 @@ class PromptConfig(_Strict):
     template: str | None = None
     num_train: Count
     num_test: Count
+
+    @field_validator("file", "test_file")
+    @classmethod
+    def _resolve(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        return value and (info.context or {}).get("folder", Path()) / value
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -150,6 +163,8 @@ class HeadRecipe(_Strict):
         check_temperatures(self.temperatures)
         if self.level == "sequence" and self.credit == "span":
             raise ValueError("credit: a sequence-level head has one choice, so no spans")
+        if self.level == "sequence" and self.loss == "cross_entropy":
+            raise ValueError("loss: cross_entropy needs a choice for each token: level: token")
         return self
 
 
@@ -241,12 +256,11 @@ def read_experiment(path: Path) -> Experiment:
     if not isinstance(content, dict):
         raise DataError(f"{path} must hold the fields {', '.join(Experiment.model_fields)}")
     try:
-        experiment = Experiment.model_validate(content)
+        return Experiment.model_validate(content, context={"folder": path.parent})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"]) or "(top level)"
         raise DataError(f"{path}: {name}: {first['msg']}") from None
-    return experiment
 
 
 def digest(value: Any) -> str:

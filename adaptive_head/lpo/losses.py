@@ -132,14 +132,19 @@ def compute_token_losses(
             logits = _unembed(hidden[rows], unembedding).to(chunk.dtype)
             scaled = logits / chunk.unsqueeze(1)
             label = logits.gather(1, token_ids[rows].unsqueeze(1)).squeeze(1)
-            value = torch.logsumexp(scaled, dim=1) - label / chunk
-            mean = (scaled.softmax(dim=1) * logits).sum(dim=1)
+            peak = scaled.amax(dim=1, keepdim=True)
+            # In place, since passes over the vocabulary are what this costs.
+            weights = scaled.sub_(peak).exp_()
+            total = weights.sum(dim=1)
+            value = peak.squeeze(1) + total.log() - label / chunk
+            mean = torch.linalg.vecdot(weights, logits) / total
             slope = (label - mean) / chunk.square()
         # The derivative by hand, so that no logits wait for the backward pass.
         losses.append(value + slope * (chunk - chunk.detach()))
     return torch.cat(losses) if losses else temperature
 
 
+@torch.no_grad()
 def read_base_model(
     hidden: torch.Tensor, token_ids: torch.Tensor, unembedding: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

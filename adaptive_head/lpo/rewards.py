@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from adaptive_head.lpo.records import DataError, Prompt, Response, Span
 
 Count = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=0)]
 NgramSize = Annotated[int, Field(ge=1, le=64)]
 TIE = 1e-9
 NUMBER = re.compile(
@@ -25,6 +26,7 @@ NUMBER = re.compile(
 WORD = re.compile(r"\S+")
 SENTENCE_PART = re.compile(r"\S+|\n")
 SENTENCE_WORD = re.compile(r"\w+")
+AND = re.compile(r"(?:^|\s)and(?:\s|$)", re.IGNORECASE)
 CLOSERS = "\"'”’»›)]}*_"
 
 
@@ -98,16 +100,16 @@ class NumberReward(_Judge):
         self._read_reference(prompt)
 
     def judge(self, prompt: Prompt, response: Response) -> float:
-        text = response.text
+        return float(self.find_answer(response.text) == self._read_reference(prompt))
+
+    def find_answer(self, text: str) -> Decimal | None:
+        """The number that counts as a text's answer, if it has one."""
         if self.marker is not None:
             _, found, text = text.rpartition(self.marker)
             if not found:
-                return 0.0
+                return None
         numbers = list(find_numbers(text))
-        if not numbers:
-            return 0.0
-        given = numbers[-1 if self.extract == "last" else 0]
-        return float(given == self._read_reference(prompt))
+        return numbers[-1 if self.extract == "last" else 0] if numbers else None
 
     def _read_reference(self, prompt: Prompt) -> Decimal:
         value = _get_reference(prompt, self.field)
@@ -115,8 +117,9 @@ class NumberReward(_Judge):
             text = value.rpartition("####")[2].strip()
             if match := NUMBER.fullmatch(text.rstrip("%.")):
                 return _to_decimal(match)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            if (number := Decimal(str(value))).is_finite():
+        elif not isinstance(value, bool) and isinstance(value, int | float):
+            number = Decimal(str(value))
+            if number.is_finite():
                 return number
         problem = f"reference.{self.field} is {value!r:.80}, not a number"
         raise DataError(f"prompt {prompt.id}: {problem}")
@@ -181,7 +184,7 @@ class ListReward(_Judge):
         if len(text.splitlines()) != 1 or re.search(r"[.!?;:。！？；：…]", text):
             return 0.0
         *items, last = text.split(",")
-        before, *after = re.split(r"(?:^|\s)and(?:\s|$)", last.strip(), maxsplit=1, flags=re.IGNORECASE)
+        before, *after = AND.split(last.strip(), maxsplit=1)
         items += [before, *after] if before or not after else after
         names = [" ".join(item.casefold().split()) for item in items]
         is_right = (
@@ -289,16 +292,17 @@ class DistinctReward(_Judge):
 
 
 class LengthReward(_Judge):
-    """1.0 within the limits; below one, length / limit; above, down in a line to 0 at twice it.
+    """1.0 within the limits, both included; outside it falls in a line.
 
-    A limit that is null is taken from the prompt's reference of the same name, where there is
-    one. With limits on words and on characters the lower score counts.
+    A length below the least scores length / least; above the most, 2 - length / most, which is 0
+    from twice the most on. A limit that is null is taken from the prompt's reference, where there
+    is one of the same name. With limits on words and on characters the lower score counts.
     """
 
     kind: Literal["length"]
-    min_words: Count | None = None
+    min_words: Size | None = None
     max_words: Count | None = None
-    min_characters: Count | None = None
+    min_characters: Size | None = None
     max_characters: Count | None = None
 
     @model_validator(mode="after")
@@ -440,7 +444,7 @@ class PythonReward:
             for name in path.split("."):
                 function = getattr(function, name)
         except Exception as error:
-            problem = f"entry: {config.entry} cannot be imported: {_describe(error)}"
+            problem = f"entry: {config.entry} cannot be imported: {describe_error(error)}"
             raise ValueError(problem) from error
         if not callable(function):
             raise ValueError(f"entry: {config.entry} is not a function")
@@ -502,7 +506,7 @@ def score_each(
         try:
             scores.append(judge(prompt, response))
         except Exception as error:
-            raise DataError(f"{_name(response)}: {_describe(error)}") from error
+            raise DataError(f"{name_response(response)}: {describe_error(error)}") from error
     return scores
 
 
@@ -521,7 +525,7 @@ def score_responses(
     by_id = {prompt.id: prompt for prompt in prompts}
     for response in responses:
         if response.prompt_id not in by_id:
-            raise DataError(f"{_name(response)}: there is no such prompt")
+            raise DataError(f"{name_response(response)}: there is no such prompt")
     aligned = [by_id[response.prompt_id] for response in responses]
     scores: list[dict[str, float]] = [dict(response.scores) for response in responses]
     for name, reward in rewards.items():
@@ -530,14 +534,14 @@ def score_responses(
         except DataError as error:
             raise DataError(f"rewards.{name}: {error}") from error
         except Exception as error:
-            where = f"{_name(responses[0])} (the first of {len(responses)})"
-            raise DataError(f"rewards.{name}: {where}: {_describe(error)}") from error
+            where = f"{name_response(responses[0])} (the first of {len(responses)})"
+            raise DataError(f"rewards.{name}: {where}: {describe_error(error)}") from error
         if len(values) != len(responses):
             raise DataError(f"rewards.{name}: {len(values)} scores for {len(responses)} responses")
         for response, entry, value in zip(responses, scores, values, strict=True):
-            if not isinstance(value, Real) or not math.isfinite(value):
+            if not _is_finite(value):
                 problem = f"the score is {value!r:.80}, not a finite number"
-                raise DataError(f"rewards.{name}: {_name(response)}: {problem}")
+                raise DataError(f"rewards.{name}: {name_response(response)}: {problem}")
             entry[name] = float(value)
     pairs = zip(responses, scores, strict=True)
     return [replace(response, scores=entry) for response, entry in pairs]
@@ -613,6 +617,13 @@ def find_ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
     return zip(*(words[offset:] for offset in range(n)), strict=False)
 
 
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # a whole number too large for a float
+        return False
+
+
 def _to_decimal(match: re.Match[str]) -> Decimal:
     return Decimal(("-" if match["sign"] else "") + match["digits"].replace(",", ""))
 
@@ -636,9 +647,11 @@ def _get_count(prompt: Prompt, key: str) -> int:
     return value
 
 
-def _name(response: Response) -> str:
+def name_response(response: Response) -> str:
+    """How errors name a response."""
     return f"prompt {response.prompt_id}, sample {response.sample}"
 
 
-def _describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """An error's class and message."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

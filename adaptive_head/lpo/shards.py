@@ -121,7 +121,8 @@ class ShardWriter:
         self._num_in_last = 0
         size = 0
         if path.exists():
-            for number, line in enumerate(path.open("rb"), start=1):
+            lines = path.read_bytes().splitlines(keepends=True)
+            for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):
                     break
                 text = line.decode(errors="replace")

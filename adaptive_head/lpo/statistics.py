@@ -1,7 +1,7 @@
 """What can be said of a mean, and what cannot: intervals by the bootstrap over prompts."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,18 +89,23 @@ def _draw_means(values: np.ndarray, num: int, seed: list[int]) -> Iterator[np.nd
         yield values[drawn].mean(axis=1)
 
 
-def count_votes(answers: Sequence[float | None], right: float) -> float:
-    """Majority vote: 1 if the most frequent answer is right, 0 if not.
+def count_votes(answers: Sequence[Hashable | None], scores: Sequence[float]) -> float:
+    """The score of a majority vote: that of the most frequent answer.
 
-    Tied winners share: the result is the chance that one drawn among them is right. Responses
+    Tied winners share: the result is what one drawn among them scores on average. Responses
     without an answer (None) do not vote; without any vote the result is 0.
+
+    Args:
+        answers: of each response.
+        scores: of each response; equal answers have equal scores.
     """
     votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
         return 0.0
+    score = dict(zip(answers, scores, strict=True))
     most = max(votes.values())
-    winners = [answer for answer, count in votes.items() if count == most]
-    return float(right in winners) / len(winners)
+    winners = [score[answer] for answer, count in votes.items() if count == most]
+    return sum(winners) / len(winners)
 
 
 def average_by_index(

@@ -147,10 +147,15 @@ MAX_ATTEMPTS = 20_000
 
 def generate_products(split: Split, rng: random.Random, _: Any) -> Iterator[Prompt]:
     """One digit times one digit, in several wordings."""
-    wordings = ("What is {} times {}?", "What is {} x {}?", "Calculate {} times {}.")
+    wordings = (
+        "What is {} times {}?",
+        "What is {} x {}?",
+        "Calculate {} times {}.",
+        "What is the product of {} and {}?",
+    )
     for _attempt in range(MAX_ATTEMPTS):
         a, b = rng.randint(2, 9), rng.randint(2, 9)
-        if belongs(split, "product", a, b):
+        if belongs(split, "product", *sorted((a, b))):
             yield ask(rng.choice(wordings).format(a, b), answer=a * b)
 
 
@@ -158,16 +163,16 @@ def generate_sums(split: Split, rng: random.Random, _: Any) -> Iterator[Prompt]:
     """The sum of two numbers up to twenty."""
     for _attempt in range(MAX_ATTEMPTS):
         a, b = rng.randint(2, 20), rng.randint(2, 20)
-        if belongs(split, "sum", a, b):
+        if belongs(split, "sum", *sorted((a, b))):
             yield ask(f"What is {a} + {b}?", answer=a + b)
 
 
 def generate_arithmetic(split: Split, rng: random.Random, tokenizer: Any) -> Iterator[Prompt]:
     """Products and sums in turn."""
     products = generate_products(split, rng, tokenizer)
-    for total in generate_sums(split, rng, tokenizer):
-        yield next(products)
-        yield total
+    sums = generate_sums(split, rng, tokenizer)
+    for two in zip(products, sums, strict=False):
+        yield from two
 
 
 ADJECTIVES = (
@@ -220,13 +225,16 @@ NUMBERS = {"three": 3, "four": 4, "five": 5, "six": 6, "seven": 7}
 
 def generate_lists(split: Split, rng: random.Random, _: Any) -> Iterator[Prompt]:
     """Exactly so many items on one line: an instruction that a program can check."""
+    wordings = (
+        "List exactly {} {}, separated by commas, on one line.",
+        "Name exactly {} {}, separated by commas, on one line.",
+        "Write the names of exactly {} {} on one line, separated by commas.",
+    )
     categories = [category for category in CATEGORIES if belongs(split, category)]
     for _attempt in range(MAX_ATTEMPTS):
         word = rng.choice(list(NUMBERS))
-        yield ask(
-            f"List exactly {word} {rng.choice(categories)}, separated by commas, on one line.",
-            count=NUMBERS[word],
-        )
+        question = rng.choice(wordings).format(word, rng.choice(categories))
+        yield ask(question, count=NUMBERS[word])
 
 
 TOPICS = (
@@ -270,8 +278,8 @@ def generate_prose(split: Split, rng: random.Random, tokenizer: Any) -> Iterator
 
 def is_prose(paragraph: str) -> bool:
     """Whether a paragraph is sentences, not code, grammar or a table."""
-    letters = sum(character.isalpha() or character in " ,." for character in paragraph)
-    return letters > 0.93 * len(paragraph) and paragraph[0].isupper()
+    letters = sum(character.isalpha() or character in " ,.-()'\"" for character in paragraph)
+    return letters > 0.95 * len(paragraph) and paragraph[0].isupper()
 
 
 GENERATORS: dict[str, Generator] = {

@@ -8,9 +8,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
 from adaptive_head.checkpoint import BaseModelIdentity, HeadError, load_head, save_head
-from adaptive_head.head import AdaptiveHead, HeadConfig
+from adaptive_head.head import AdaptiveHead, HeadConfig, select_argmax
 from adaptive_head.lpo.experiment import HeadRecipe, derive_seed, digest
+from adaptive_head.lpo.features import Features
 from adaptive_head.lpo.losses import (
     PackedSide,
     compare_sides,
@@ -36,9 +37,6 @@ from adaptive_head.lpo.losses import (
 )
 from adaptive_head.lpo.records import Pair, Side
 from adaptive_head.options import Level
-
-if TYPE_CHECKING:
-    from adaptive_head.lpo.features import Features
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 HEAD_FOLDER = "head"
@@ -112,7 +110,7 @@ class _State:
 
 def train_head(
     recipe: HeadRecipe,
-    features: "Features",
+    features: Features,
     pairs: Sequence[Pair],
     folder: Path,
     *,
@@ -143,13 +141,24 @@ def train_head(
     """
     _check_inputs(recipe, features, unembedding)
     training, validation = split_pairs(pairs, recipe.validation_share, recipe.seed)
-    sides = [(_find(p.chosen, features, recipe), _find(p.rejected, features, recipe)) for p in pairs]
-    settings = _digest_settings(recipe, features, pairs, sides, identity)
+    rows = _PairRows(features, pairs, recipe.level)
+    settings = digest(
+        {
+            "recipe": recipe.model_dump(mode="json"),
+            "pairs": [asdict(pair) for pair in pairs],
+            "model": identity.model_dump(),
+            "hidden_size": rows.hidden_size,
+            "features": rows.fingerprint(),
+        }
+    )
     if (finished := _read_finished(folder / HEAD_FOLDER, settings)) is not None:
         return finished
-    rows = _Rows.gather(features, sides, unembedding if recipe.loss == "cross_entropy" else None)
+    rows.gather()
     trainer = _Trainer(recipe, rows, training, validation, unembedding)
-    state = load_checkpoint(folder / CHECKPOINT_FILE, settings, trainer)
+    state = _load_checkpoint(folder / CHECKPOINT_FILE, settings, trainer)
+    if state is None:
+        shutil.rmtree(folder / LOGS_FOLDER, ignore_errors=True)
+        state = _State([trainer.validate(0, None)], _copy_weights(trainer.network))
     _fit(trainer, state, folder, settings, progress)
 
     best = state.history[state.best_epoch]
@@ -256,7 +265,7 @@ class _Batch:
 class _PairRows:
     """The rows that each pair's sides have, in main memory unless they are too many for it."""
 
-    def __init__(self, features: "Features", pairs: Sequence[Pair], level: Level) -> None:
+    def __init__(self, features: Features, pairs: Sequence[Pair], level: Level) -> None:
         self.sides = [
             (_find_rows(pair.chosen, features, level), _find_rows(pair.rejected, features, level))
             for pair in pairs
@@ -271,12 +280,16 @@ class _PairRows:
             right=torch.zeros(1, dtype=torch.bool).expand(len(features.hidden)),
         )
 
+    @property
+    def hidden_size(self) -> int:
+        return self._rows.hidden.shape[1]
+
     def fingerprint(self) -> str:
         """Tells rollouts apart in which the same tokens of the same responses are paired."""
         columns = (self._rows.choices, self._rows.logprobs, self._rows.token_ids)
         hashed = hashlib.sha256()
         for column in columns:
-            hashed.update(column[self.used].contiguous().view(torch.uint8).numpy())
+            hashed.update(column[self.used].numpy().tobytes())
         return hashed.hexdigest()
 
     def gather(self) -> None:
@@ -294,7 +307,7 @@ class _PairRows:
         start = int(torch.searchsorted(self.used, side.start))
         return range(start, start + len(side))
 
-    def read_base_model(self, unembedding: torch.Tensor) -> None:
+    def add_base_model(self, unembedding: torch.Tensor) -> None:
         """Compute once what cross-entropy takes from the frozen model."""
         probabilities = torch.zeros(len(self._rows.hidden))
         right = torch.zeros(len(self._rows.hidden), dtype=torch.bool)
@@ -321,7 +334,7 @@ def _index(sides: Sequence[range]) -> torch.Tensor:
     return torch.cat([torch.arange(side.start, side.stop) for side in sides])
 
 
-def _find_rows(side: Side, features: "Features", level: Level) -> range:
+def _find_rows(side: Side, features: Features, level: Level) -> range:
     name = f"sample {side.sample} of prompt {side.prompt_id}"
     if side.key not in features.starts:
         raise ValueError(f"there are no features of {name}")
@@ -348,20 +361,22 @@ class _Trainer:
         rows: _PairRows,
         training: Sequence[int],
         validation: Sequence[int],
-        hidden_size: int,
         unembedding: torch.Tensor | None,
     ) -> None:
         self.recipe = recipe
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        config = HeadConfig(hidden_size, recipe.temperatures, recipe.layers)
+        config = HeadConfig(rows.hidden_size, recipe.temperatures, recipe.layers)
         self.network = AdaptiveHead(config, recipe.seed).to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
+        self._unembedding = None
+        if recipe.loss == "cross_entropy" and unembedding is not None:
+            self._unembedding = unembedding.to(self.device)
+            rows.add_base_model(self._unembedding)
         self._rows = rows
         self._training = training
         self._validation = rows.pack(validation, self.device)
-        self._unembedding = None if unembedding is None else unembedding.to(self.device)
         self._temperatures = torch.tensor(recipe.temperatures, device=self.device)
 
     @property
@@ -380,7 +395,9 @@ class _Trainer:
         order = torch.randperm(len(self._training), generator=generator)
         total = 0.0
         for indices in order.split(self.recipe.batch_size):
-            batch = self._rows.pack([self._training[index] for index in indices], self.device)
+            batch = self._rows.pack(
+                [self._training[index] for index in indices.tolist()], self.device
+            )
             loss = self._compute_loss(self._compute_log_p(batch.rows.hidden), batch, generator)
             _check_finite(loss, "training", epoch)
             self.optimizer.zero_grad()
@@ -430,9 +447,7 @@ class _Trainer:
             loss = loss + self.recipe.mean_penalty * compute_mean_penalty(log_p)
         return loss
 
-    def _score(
-        self, chosen: PackedSide, rejected: PackedSide
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _score(self, chosen: PackedSide, rejected: PackedSide) -> tuple[torch.Tensor, torch.Tensor]:
         score = _SCORES.get(self.recipe.loss, score_eq10)
         normalised = self.recipe.length_normalised
         return score(chosen, normalised=normalised), score(rejected, normalised=normalised)
@@ -453,9 +468,7 @@ class _Trainer:
         )
 
 
-def _check_inputs(
-    recipe: HeadRecipe, features: "Features", unembedding: torch.Tensor | None
-) -> None:
+def _check_inputs(recipe: HeadRecipe, features: Features, unembedding: torch.Tensor | None) -> None:
     if features.temperatures != recipe.temperatures:
         raise ValueError(
             f"the features are of the temperatures {features.temperatures}, "
@@ -494,9 +507,7 @@ def _fit(
             total=recipe.max_epochs * trainer.num_batches,
             completed=state.epoch * trainer.num_batches,
         )
-        while (
-            state.epoch < recipe.max_epochs and state.epoch - state.best_epoch < recipe.patience
-        ):
+        while state.epoch < recipe.max_epochs and state.epoch - state.best_epoch < recipe.patience:
             start = time.monotonic()
             epoch = state.epoch + 1
             train_loss = trainer.run_epoch(epoch, lambda: bar.advance(task))
@@ -504,16 +515,11 @@ def _fit(
             if state.best_epoch == epoch:
                 state.best_weights = _copy_weights(trainer.network)
             state.seconds += time.monotonic() - start
-            _save_checkpoint(folder / CHECKPOINT_FILE, settings, trainer, state)
+            # Before the checkpoint: a run that goes on writes no epoch of before into the logs.
             _log_epoch(writer, epoch, state.history[-1], recipe.temperatures)
-            bar.update(task, description=_describe(folder.name, epoch, state.history[-1]))
-
-
-def _describe(name: str, number: int, epoch: _Epoch) -> str:
-    return (
-        f"{name}: epoch {number}, loss {epoch.train_loss:.4f}, "
-        f"validation {epoch.validation_loss:.4f}"
-    )
+            _save_checkpoint(folder / CHECKPOINT_FILE, settings, trainer, state)
+            losses = f"loss {train_loss:.4f}, validation {state.history[-1].validation_loss:.4f}"
+            bar.update(task, description=f"{folder.name}: epoch {epoch}, {losses}")
 
 
 def _log_epoch(
@@ -530,6 +536,7 @@ def _log_epoch(
         scalars[f"argmax/{temperature}"] = share
     for name, value in scalars.items():
         writer.add_scalar(name, value, number)
+    writer.flush()
 
 
 def _save_checkpoint(path: Path, settings: str, trainer: _Trainer, state: _State) -> None:
@@ -546,3 +553,58 @@ def _save_checkpoint(path: Path, settings: str, trainer: _Trainer, state: _State
     partial = path.with_name(f"{path.name}.partial")
     save_file(tensors, partial, metadata={"state": json.dumps(scalars)})
     os.replace(partial, path)
+
+
+def _load_checkpoint(path: Path, settings: str, trainer: _Trainer) -> _State | None:
+    """Put the trainer where the file left it; None, and a note, if it cannot go on from there."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            scalars = json.loads(file.metadata()["state"])
+            # Copies, as the file will be replaced beneath its mapping.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        _note(f"{path} is damaged ({error}); training starts over")
+        return None
+    if scalars["settings"] != settings:
+        _note(f"{path} is of other settings or data; training starts over")
+        return None
+    trainer.network.load_state_dict(_strip(tensors, "head."))
+    optimizer = trainer.optimizer.state_dict()
+    for index in range(len(optimizer["param_groups"][0]["params"])):
+        optimizer["state"][index] = _strip(tensors, f"optimizer.{index}.")
+    trainer.optimizer.load_state_dict(optimizer)
+    history = [_Epoch(**epoch | {"shares": tuple(epoch["shares"])}) for epoch in scalars["history"]]
+    return _State(history, _strip(tensors, "best."), scalars["seconds"])
+
+
+def _strip(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _read_finished(folder: Path, settings: str) -> TrainingResult | None:
+    """What a head that is there already came out as; None unless it is whole and of `settings`."""
+    if not folder.exists():
+        return None
+    try:
+        training = load_head(folder).metadata.training or {}
+    except HeadError as error:
+        _note(f"{error}; the head is trained again")
+        return None
+    if training.get("digest") != settings:
+        _note(f"{folder} is of other settings or data; it will be replaced")
+        return None
+    return TrainingResult(**{field.name: training[field.name] for field in fields(TrainingResult)})
+
+
+def _note(text: str) -> None:
+    Console(file=sys.stderr, highlight=False).print(text, markup=False, soft_wrap=True)
+
+
+def _copy_weights(network: AdaptiveHead) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}

@@ -1,0 +1,393 @@
+"""The engines of rollouts and evaluation answer every request once, and alike.
+
+Each backend runs once, in a process of its own: this file as a script.
+"""
+
+import json
+import subprocess
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import pytest
+
+from adaptive_head import HeadConfig
+from adaptive_head.lpo.engine import Engine, Generation, GenerationRequest, open_engine
+from adaptive_head.lpo.engine_dp import DataParallelEngine
+from adaptive_head.lpo.engine_ray import (
+    REQUESTS_AHEAD,
+    Inbox,
+    RayEngine,
+    connect,
+    find_resources,
+    import_ray,
+)
+from adaptive_head.lpo.experiment import EngineConfig
+from adaptive_head.options import AdaptiveRequest
+from tests.engine.conftest import ROOT, TEMPERATURES, find_cause, make_environment
+from tests.engine.tiny_model import HIDDEN_SIZE, make_tiny_model
+from tests.heads import save_strong_head
+
+BACKENDS = ("local", "ray", "data_parallel")
+MAX_NUM_SEQS = 4
+NUM_REQUESTS = 30
+MAX_TOKENS = 8
+MAX_MODEL_LEN = 256
+
+# How temperatures are chosen, in turn.
+CHOICES = (
+    0.0,
+    0.7,
+    AdaptiveRequest(head="token", select="sample"),
+    AdaptiveRequest(head="sequence", select="sample"),
+    AdaptiveRequest(head="token", select="argmax"),
+)
+
+
+def make_config(backend: str, **options) -> EngineConfig:
+    return EngineConfig(
+        backend=backend,
+        num_replicas=1 if backend == "local" else 2,
+        max_num_seqs=MAX_NUM_SEQS,
+        dtype="float32",
+        options={
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "max_model_len": MAX_MODEL_LEN,
+            "block_size": 32,
+            "kv_cache_memory_bytes": 1 << 26,
+            "distributed_executor_backend": "uni",
+            **options,
+        },
+    )
+
+
+def make_requests(count=NUM_REQUESTS, max_tokens=MAX_TOKENS) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(
+            id=f"prompt/{number}",
+            prompt_token_ids=tuple(range(5, 8 + number % 4)),
+            max_tokens=max_tokens,
+            seed=number,
+            temperature=CHOICES[number % len(CHOICES)],
+        )
+        for number in range(count)
+    ]
+
+
+def run_scenario(backend: str, folder: Path) -> dict:
+    """What an engine says, at work and when a replica dies."""
+    heads = {name: folder / name for name in ("token", "sequence")}
+    with open_engine(folder / "tiny", make_config(backend), heads) as engine:
+        result = {
+            "answers": list(map(asdict, engine.generate(make_requests()))),
+            "again": list(map(asdict, engine.generate(reversed(make_requests())))),
+            "empty": list(engine.generate([])),
+            "refused": describe_error(engine, [make_long_request()]),
+            "loads": observe_loads(engine),
+            # The requests that were abandoned neither stay nor answer.
+            "after": [answer.id for answer in engine.generate(make_requests(3))],
+        }
+        if backend != "local":
+            result["death"] = describe_death(engine)
+    children = psutil.Process().children(recursive=True)
+    result["orphans"] = [
+        " ".join(child.cmdline()) for child in children if child.status() != psutil.STATUS_ZOMBIE
+    ]
+    return result
+
+
+def make_long_request() -> GenerationRequest:
+    return GenerationRequest("long", (5,) * (MAX_MODEL_LEN + 1), 1, seed=0, temperature=1.0)
+
+
+def describe_error(engine: Engine, requests: list[GenerationRequest]) -> tuple[str, str]:
+    try:
+        list(engine.generate(requests))
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def observe_loads(engine: Engine) -> list[int]:
+    """How many requests each replica has after the first answer; the rest are abandoned."""
+    replicas: list[int] = []
+    if isinstance(engine, DataParallelEngine):
+        answer = engine._answer
+        engine._answer = lambda request, replica: (
+            replicas.append(replica) or answer(request, replica)
+        )
+    answers = engine.generate(make_requests(max_tokens=100))
+    next(answers)
+    if isinstance(engine, RayEngine):
+        loads = [seat.num_requests for seat in engine._seats]
+    else:
+        loads = list(Counter(replicas).values())
+    answers.close()
+    return loads
+
+
+def describe_death(engine: Engine) -> tuple[str, str]:
+    """The error when a replica is killed while others run."""
+    answers = engine.generate(make_requests(max_tokens=200))
+    next(answers)
+    find_replicas()[0].kill()
+    try:
+        list(answers)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def find_replicas() -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if any(name in " ".join(process.cmdline()) for name in ("ray::Replica", "EngineCore_DP"))
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("engines")
+    model = make_tiny_model(folder / "tiny")
+    config = HeadConfig(HIDDEN_SIZE, TEMPERATURES, (32, 32))
+    save_strong_head(folder / "token", model, config, "token", 0)
+    save_strong_head(folder / "sequence", model, config, "sequence", 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """What every backend said, each asked for when a test needs it first."""
+    known: dict[str, dict] = {}
+
+    def run(backend: str) -> dict:
+        if backend not in known:
+            path = folder / f"{backend}.json"
+            process = subprocess.run(
+                [sys.executable, "-m", "tests.lpo.test_engine", backend, str(folder), str(path)],
+                env=make_environment("v1"),
+                cwd=ROOT,
+                text=True,
+                capture_output=True,
+            )
+            assert process.returncode == 0, find_cause(process.stderr)
+            known[backend] = json.loads(path.read_text())
+        return known[backend]
+
+    return run
+
+
+def by_id(answers: list[dict]) -> dict[str, dict]:
+    return {answer["id"]: answer for answer in answers}
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+class TestRunning:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_every_request_is_answered_once(self, results, backend):
+        ids = Counter(answer["id"] for answer in results(backend)["answers"])
+        assert ids == Counter(request.id for request in make_requests())
+        assert NUM_REQUESTS > 2 * 2 * MAX_NUM_SEQS
+        assert not results(backend)["empty"]
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_every_token_has_the_temperature_that_was_asked_for(self, results, backend):
+        answers = by_id(results(backend)["answers"])
+        seen = set()
+        for request in make_requests():
+            answer = answers[request.id]
+            assert len(answer["token_ids"]) == len(answer["temperatures"])
+            assert answer["finish_reason"] in ("length", "stop")
+            if answer["finish_reason"] == "length":
+                assert len(answer["token_ids"]) == MAX_TOKENS
+            temperatures = set(answer["temperatures"])
+            if not isinstance(request.temperature, AdaptiveRequest):
+                assert temperatures == {request.temperature}
+                continue
+            assert temperatures <= set(TEMPERATURES)
+            if request.temperature.head == "sequence":
+                assert len(temperatures) == 1
+            seen |= temperatures
+        assert len(seen) > 2
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_a_seed_gives_the_same_answer_whatever_runs_beside_it(self, results, backend):
+        assert by_id(results(backend)["answers"]) == by_id(results(backend)["again"])
+        assert by_id(results(backend)["answers"]) == by_id(results("local")["answers"])
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_a_refused_request_is_named_and_leaves_the_engine_usable(self, results, backend):
+        _, message = results(backend)["refused"]
+        assert "maximum context length is 256" in message
+        assert len(results(backend)["after"]) == 3
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_abandoned_requests_do_not_answer_later(self, results, backend):
+        expected = [request.id for request in make_requests(3)]
+        assert sorted(results(backend)["after"]) == expected
+
+    @pytest.mark.parametrize("backend", ["ray", "data_parallel"])
+    def test_replicas_share_the_requests_and_have_no_more_than_they_need(self, results, backend):
+        loads = results(backend)["loads"]
+        assert len(loads) == 2
+        assert min(loads) > 0 and max(loads) <= REQUESTS_AHEAD * MAX_NUM_SEQS
+
+    @pytest.mark.parametrize(
+        ("backend", "sentence"),
+        [("ray", "replica 0 (process "), ("data_parallel", "one of the 2 data-parallel engine")],
+    )
+    def test_a_replica_that_dies_is_an_error_and_no_hang(self, results, backend, sentence):
+        kind, message = results(backend)["death"]
+        assert kind == "RuntimeError"
+        assert message.startswith(sentence) and "died" in message
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_closing_leaves_no_process(self, results, backend):
+        orphans = results(backend)["orphans"]
+        assert not [line for line in orphans if "resource_tracker" not in line]
+
+
+class FakeRay:
+    """Runs calls at once, but returns their results one at a time, in order."""
+
+    class exceptions:
+        RayTaskError = RayError = RuntimeError
+
+    def get(self, call):
+        return call()
+
+    def wait(self, calls, num_returns, timeout=None):
+        return calls[:1], calls[1:]
+
+
+class FakeReplica:
+    """Has room for everything, and finishes one request a call."""
+
+    def __init__(self) -> None:
+        self.requests: deque[GenerationRequest] = deque()
+        self.most = 0
+        self.is_abandoned = False
+        self.advance = self.abandon = self
+
+    def remote(self, requests=None):
+        if requests is None:
+            self.requests.clear()
+            self.is_abandoned = True
+            return None
+        self.requests.extend(requests)
+        self.most = max(self.most, len(self.requests))
+        done = [self.requests.popleft()] if self.requests else []
+        return lambda: [Generation(request.id, (), (), "", "stop") for request in done]
+
+
+@pytest.fixture
+def fake_engine():
+    from adaptive_head.lpo.engine_ray import _Seat
+
+    engine = RayEngine.__new__(RayEngine)
+    engine._ray = FakeRay()
+    engine._max_requests = REQUESTS_AHEAD * MAX_NUM_SEQS
+    engine._seats = [_Seat(f"replica {number}", FakeReplica()) for number in range(3)]
+    return engine
+
+
+def test_ray_replicas_are_filled_evenly_and_only_so_far(fake_engine):
+    taken = 0
+
+    def count() -> Iterator[GenerationRequest]:
+        nonlocal taken
+        for request in make_requests(100):
+            taken += 1
+            yield request
+
+    answers = fake_engine.generate(count())
+    first = next(answers)
+    assert taken <= 3 * REQUESTS_AHEAD * MAX_NUM_SEQS + 1
+    ids = [first.id, *(answer.id for answer in answers)]
+    assert sorted(ids) == sorted(request.id for request in make_requests(100))
+    assert all(seat.actor.most <= REQUESTS_AHEAD * MAX_NUM_SEQS for seat in fake_engine._seats)
+    assert all(seat.num_requests == 0 and not seat.calls for seat in fake_engine._seats)
+
+
+def test_few_requests_are_spread_over_all_ray_replicas(fake_engine):
+    assert len(list(fake_engine.generate(make_requests(3)))) == 3
+    assert [seat.actor.most for seat in fake_engine._seats] == [1, 1, 1]
+    assert not any(seat.actor.is_abandoned for seat in fake_engine._seats)
+
+
+def test_ray_replicas_forget_what_the_caller_abandons(fake_engine):
+    answers = fake_engine.generate(make_requests(100))
+    next(answers)
+    answers.close()
+    assert all(seat.actor.is_abandoned for seat in fake_engine._seats)
+    assert len(list(fake_engine.generate(make_requests(5)))) == 5
+
+
+def test_an_inbox_ends_for_the_moment_only():
+    inbox = Inbox()
+    assert list(inbox) == []
+    inbox.extend(make_requests(2))
+    assert [request.id for request in inbox] == ["prompt/0", "prompt/1"]
+    inbox.extend(make_requests(1))
+    assert len(list(inbox)) == 1
+
+
+def make_nodes(kind: str, *counts: int) -> list[dict]:
+    nodes = [{"Alive": True, "Resources": {kind: float(count)}} for count in counts]
+    return [*nodes, {"Alive": False, "Resources": {}}]
+
+
+@pytest.mark.parametrize(
+    ("counts", "options", "expected"),
+    [
+        ((2,), {}, 1),
+        ((1, 1), {}, 1),
+        ((4,), {"tensor_parallel_size": 2}, 2),
+        ((2, 3), {"tensor_parallel_size": 2}, 2),
+        ((8,), {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, 4),
+    ],
+)
+def test_a_ray_replica_reserves_the_gpus_of_its_ranks(counts, options, expected):
+    config = make_config("ray", **options)
+    assert find_resources(make_nodes("GPU", *counts), config) == {"num_gpus": expected}
+
+
+def test_a_ray_replicas_gpus_must_be_on_one_machine():
+    config = make_config("ray", tensor_parallel_size=2)
+    with pytest.raises(ValueError, match=r"2 with 2 GPUs each, .* machines of 3, 1 GPUs"):
+        find_resources(make_nodes("GPU", 3, 1), config)
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"), [((2,), 1), ((16,), 8), ((16, 4), 8), ((16, 16), 16), ((1, 1), 1)]
+)
+def test_without_gpus_ray_replicas_share_the_cores(counts, expected):
+    assert find_resources(make_nodes("CPU", *counts), make_config("ray")) == {"num_cpus": expected}
+
+
+def test_more_ray_replicas_than_cores_are_refused():
+    with pytest.raises(ValueError, match="num_replicas: 2 do not fit the cluster's 1 cores"):
+        find_resources(make_nodes("CPU", 1), make_config("ray"))
+
+
+def test_without_ray_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"pip install 'adaptive-head-server\[ray\]'"):
+        import_ray()
+
+
+def test_an_address_without_a_cluster_is_refused_at_once():
+    with pytest.raises(ValueError, match="no Ray cluster answers at localhost:1: "):
+        connect(None, "localhost:1")
+
+
+if __name__ == "__main__":
+    backend, folder_name, result_name = sys.argv[1:]
+    outcome = run_scenario(backend, Path(folder_name))
+    Path(result_name).write_text(json.dumps(outcome))
