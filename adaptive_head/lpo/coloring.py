@@ -110,7 +110,7 @@ def print_answer(
     legend = Text("temperature 0 ")
     for level in range(NUM_LEVELS):
         legend.append(" ", make_style(level / (NUM_LEVELS - 1)))
-    console.print(legend.append(f" {top:g}"))
+    console.print(legend.append(f" {shorten(top)}"))
     console.print(Text(describe(temperatures)))
     bars = count_temperatures(temperatures)
     for label, middle, count in bars:
@@ -157,7 +157,7 @@ def make_page(
 {make_legend(top)}
 <pre class="text" aria-label="Answer, each token coloured by its temperature">
 {tokens}</pre>
-<h2>Temperature (0 to {top:g}) over position</h2>
+<h2>Temperature (0 to {shorten(top)}) over position</h2>
 {make_strip(temperatures, top)}
 <h2>How often</h2>
 {make_histogram(temperatures, top)}
@@ -198,16 +198,21 @@ def describe(temperatures: Sequence[float]) -> str:
         return "no tokens"
     mean = sum(temperatures) / len(temperatures)
     return (
-        f"{len(temperatures)} token{'s' * (len(temperatures) > 1)}, temperature {mean:.3g} on "
-        f"average, from {min(temperatures):.3g} to {max(temperatures):.3g}"
+        f"{len(temperatures)} token{'s' * (len(temperatures) > 1)}, temperature {shorten(mean)} on "
+        f"average, from {shorten(min(temperatures))} to {shorten(max(temperatures))}"
     )
+
+
+def shorten(temperature: float) -> str:
+    """A temperature to three decimals, without zeros at the end."""
+    return f"{round(temperature, 3):g}"
 
 
 def count_temperatures(temperatures: Sequence[float]) -> list[tuple[str, float, int]]:
     """A histogram: label, temperature of the middle, number of tokens."""
     counts = Counter(temperatures)
     if len(counts) <= MAX_BARS:
-        return [(f"{value:.3g}", value, counts[value]) for value in sorted(counts)]
+        return [(shorten(value), value, counts[value]) for value in sorted(counts)]
     low, high = min(counts), max(counts)
     width = (high - low) / NUM_BINS
     bins = Counter(min(int((value - low) / width), NUM_BINS - 1) for value in temperatures)
@@ -232,7 +237,7 @@ def make_style(share: float) -> Style:
 def make_span(token: ShownToken, top: float) -> str:
     """One coloured token of the page."""
     level = find_level(token.temperatures[-1] / top)
-    values = ", ".join(f"{value:.3g}" for value in token.temperatures)
+    values = ", ".join(shorten(value) for value in token.temperatures)
     places = f"{token.positions[0]}"
     if len(token.positions) > 1:
         places += f"–{token.positions[-1]}"
@@ -255,8 +260,9 @@ def show(text: str) -> str:
 def make_legend(top: float) -> str:
     """The scale from 0 to the highest temperature."""
     cells = "".join(f'<b class="t{level}"></b>' for level in range(NUM_LEVELS))
-    label = f"Colours from temperature 0 to {top:g}"
-    return f'<p class="legend">0 <span role="img" aria-label="{label}">{cells}</span> {top:g}</p>'
+    end = shorten(top)
+    label = f"Colours from temperature 0 to {end}"
+    return f'<p class="legend">0 <span role="img" aria-label="{label}">{cells}</span> {end}</p>'
 
 
 def make_strip(temperatures: Sequence[float], top: float) -> str:

@@ -24,7 +24,7 @@ from adaptive_head.options import EntropyParameters, Level, Temperature
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-LossName = Literal["eq10", "eq11", "eq9", "nll", "cross_entropy"]
+LossName = Literal["eq10", "centred", "eq11", "eq9", "nll", "cross_entropy"]
 
 
 class _Strict(BaseModel):
@@ -133,7 +133,7 @@ class HeadRecipe(_Strict):
 
     Args:
         credit: `response` pairs whole responses, `span` the spans that a reward scores apart.
-        max_pairs_per_prompt: of spans; responses make one pair a prompt, as in the paper.
+        max_pairs_per_prompt: None is one of responses, as in the paper, and 32 of a reward's spans.
         length_normalised: divide a side's sum of log-probabilities by its number of tokens.
         mean_penalty: weight of KL(P(. | h) || mean P) in the loss, which pulls the choice towards
             one that does not depend on the state; 0 is the paper.
@@ -144,7 +144,7 @@ class HeadRecipe(_Strict):
     loss: LossName = "eq10"
     credit: Literal["response", "span"] = "response"
     tasks: tuple[str, ...] = ()
-    max_pairs_per_prompt: Count = 32
+    max_pairs_per_prompt: Count | None = None
     temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     layers: tuple[Count, ...] = (256, 256)
     beta: Annotated[float, Field(gt=0, le=100)] = 1.0

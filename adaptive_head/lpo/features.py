@@ -72,6 +72,7 @@ def compute_features(
     temperatures: tuple[float, ...],
     folder: Path,
     *,
+    needs_logprobs: bool = True,
     batch_tokens: int = 8192,
     progress: bool = True,
 ) -> Features:
@@ -85,6 +86,8 @@ def compute_features(
         responses: in any order.
         level: whether a row is a token or a response.
         folder: of the caches; made if missing.
+        needs_logprobs: whether a loss reads them (Eq. 11 does); they take most of the time, and are
+            NaN where nobody does.
         batch_tokens: of one batch, padding included; a longer sequence is a batch of its own.
         progress: whether to draw a bar on stderr.
 
@@ -97,7 +100,7 @@ def compute_features(
     check_temperatures(temperatures)
     source = _find_folder(model)
     ordered = sorted(responses, key=lambda response: response.key)
-    key = make_key(source, ordered, level, temperatures)
+    key = make_key(source, ordered, level, temperatures, needs_logprobs)
     if (cached := load_features(folder, key)) is not None:
         return cached
     plan = _Plan.make(ordered, level, temperatures)
@@ -107,7 +110,7 @@ def compute_features(
     bar = TokenProgress("features", len(ordered)) if progress else nullcontext()
     with bar as shown, _FeatureFile(folder, key, plan, frozen.hidden_size) as file:
         for batch in _make_batches(ordered, batch_tokens):
-            for response, hidden, logprobs in frozen.read(batch, temperatures):
+            for response, hidden, logprobs in frozen.read(batch, temperatures, needs_logprobs):
                 if level == "sequence":
                     hidden, logprobs = hidden[:1], logprobs.sum(dim=0, keepdim=True)
                 file.write(response, hidden=hidden, logprobs=logprobs)
@@ -119,7 +122,11 @@ def compute_features(
 
 
 def make_key(
-    model: Path, responses: Sequence[Response], level: Level, temperatures: tuple[float, ...]
+    model: Path,
+    responses: Sequence[Response],
+    level: Level,
+    temperatures: tuple[float, ...],
+    needs_logprobs: bool = True,
 ) -> str:
     """The name of a cache: 16 hexadecimal digits of all that its rows depend on.
 
@@ -129,6 +136,8 @@ def make_key(
     digest = hashlib.sha256()
     weights = fingerprint_model(model) or str(model.resolve())
     digest.update(repr((CACHE_VERSION, weights, level, temperatures)).encode())
+    if not needs_logprobs:
+        digest.update(b"hidden states only")
     for r in sorted(responses, key=lambda response: response.key):
         digest.update(repr((r.key, r.prompt_token_ids, r.token_ids, r.temperatures)).encode())
     return digest.hexdigest()[:16]
@@ -280,7 +289,7 @@ class _FrozenModel:
 
     @torch.inference_mode()
     def read(
-        self, batch: Sequence[Response], temperatures: tuple[float, ...]
+        self, batch: Sequence[Response], temperatures: tuple[float, ...], needs_logprobs: bool
     ) -> Iterator[tuple[Response, torch.Tensor, torch.Tensor]]:
         """Each response with its hidden states [tokens, d] and logprobs, float32 [tokens, K]."""
         # The last token predicts nothing that is asked for.
@@ -302,8 +311,10 @@ class _FrozenModel:
                 )
             ]
         )
-        token_ids = torch.tensor([token for r in batch for token in r.token_ids])
-        logprobs = self._compute_logprobs(hidden, token_ids.to(self._device), temperatures)
+        logprobs = torch.full((len(hidden), len(temperatures)), torch.nan)
+        if needs_logprobs:
+            token_ids = torch.tensor([token for r in batch for token in r.token_ids])
+            logprobs = self._compute_logprobs(hidden, token_ids.to(self._device), temperatures)
         yield from zip(
             batch, hidden.cpu().split(lengths), logprobs.cpu().split(lengths), strict=True
         )

@@ -6,6 +6,7 @@ only P(tau_k | h_t), the head's distribution over K temperatures, has a gradient
 A side of a pair is scored by a sum over its T tokens,
 
     Eq. 10   s = sum_t log P(tau_t | h_t)
+    centred  s = sum_t log P(tau_t | h_t) - (sum_k log P(tau_k | h_t)) / K
     Eq. 9    s = sum_t log P(tau_t | h_t) + log K
     Eq. 11   s = sum_t log(K sum_k P(y_t | tau_k) P(tau_k | h_t) / sum_k P(y_t | tau_k))
 
@@ -57,6 +58,20 @@ class PackedSide:
 def score_eq10(side: PackedSide, *, normalised: bool = False) -> torch.Tensor:
     """sum_t log P(tau_t | h_t) -> [B], the score of Eq. 10, the paper's default loss."""
     return side.add_up(_choose(side), normalised=normalised)
+
+
+def score_centred(side: PackedSide, *, normalised: bool = False) -> torch.Tensor:
+    """sum_t (log P(tau_t | h_t) - mean_k log P(tau_k | h_t)) -> [B]: Eq. 10, with a baseline.
+
+    Not in the paper. At the token level the two sides of Eq. 10 are in different states, so it can
+    be lowered without any preference between temperatures: by a distribution that is peaked, on
+    whatever temperature, where the state looks like a rejected one, and flat elsewhere. Measured
+    from its mean under uniform rollouts, a state's score is 0 on average whatever the head says,
+    and only the choices are left. Of one state, as at the sequence level, it is Eq. 10.
+    """
+    centred = side.log_p - side.log_p.mean(dim=1, keepdim=True)
+    chosen = centred.gather(1, side.choices.unsqueeze(1)).squeeze(1)
+    return side.add_up(chosen, normalised=normalised)
 
 
 def score_eq9(side: PackedSide, *, normalised: bool = False) -> torch.Tensor:

@@ -108,8 +108,8 @@ def count_temperatures(
         if side.key not in choices:
             found = find_choices(by_key[side.key], recipe.level, recipe.temperatures)
             choices[side.key] = found
-        chosen = choices[side.key]
-        return chosen[side.start : side.stop] if recipe.level == "token" else chosen
+        # At the sequence level a side begins at 0, where the response's only choice is.
+        return choices[side.key][side.start : side.stop]
 
     num_temperatures = len(recipe.temperatures)
     # Two rows: chosen and rejected.

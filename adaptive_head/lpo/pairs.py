@@ -22,6 +22,10 @@ FEW_SPANS = "fewer than two spans"
 EMPTY = "empty"
 UNALIGNED = "text is not what its tokens decode to"
 
+# Pairs of a prompt where the recipe does not say: of responses as in the paper.
+RESPONSE_PAIRS = 1
+SPAN_PAIRS = 32
+
 _UNFINISHED = "\ufffd"
 # Tokens that are decoded again and again before the window moves on.
 _WINDOW = 8
@@ -75,8 +79,9 @@ def make_pairs(
 ) -> PairSet:
     """Choose what a head shall prefer to what.
 
-    With credit `response`, a prompt's best and worst response by the task's `prefer` are one pair
-    of all their tokens. With credit `span`, each reward that finds spans pairs those of all
+    With credit `response`, a prompt's best and worst response by the task's `prefer` are a pair of
+    all their tokens, and so are, up to `max_pairs_per_prompt`, the best and worst of the others.
+    With credit `span`, each reward that finds spans pairs those of all
     responses to a prompt (`match_spans`); a task without such a reward pairs whole responses.
 
     Rewards of one task share no token: what belongs to a span of one is cut out of the spans of
@@ -105,10 +110,10 @@ def make_pairs(
             continue
         pairing: _Pairing
         if recipe.credit == "span" and any(rewards[task][n].has_spans for n in config.rewards):
-            limit = recipe.max_pairs_per_prompt
+            limit = recipe.max_pairs_per_prompt or SPAN_PAIRS
             pairing = _SpanPairing(task, config, rewards[task], decode, limit, seed)
         else:
-            pairing = _ResponsePairing(task, config)
+            pairing = _ResponsePairing(task, config, recipe.max_pairs_per_prompt or RESPONSE_PAIRS)
         for prompt in prompts.values():
             if found := grouped.get((task, prompt.id)):
                 pairing.add(prompt, sorted(found, key=lambda response: response.sample))
@@ -177,7 +182,10 @@ class _Pairing:
         raise NotImplementedError
 
 
+@dataclass
 class _ResponsePairing(_Pairing):
+    max_pairs: int
+
     @property
     def names(self) -> list[str]:
         return ["+".join(self._rewards)]
@@ -194,16 +202,20 @@ class _ResponsePairing(_Pairing):
                 raise DataError(f"{where}: scores.{missing[0]} is missing")
         prefer = self.config.prefer
         (name,) = self.names
-        found = choose_pair(responses, prefer.first, prefer.then, prefer.top)
-        if found is None:
-            reason = explain_tie(response.scores[self._rewards[-1]] for response in responses)
-            self.dropped[name][reason] += 1
-            return
-        chosen, rejected = (
-            Side(response.prompt_id, response.sample, 0, len(response.token_ids))
-            for response in found
-        )
-        self.pairs.append(Pair(self.task, name, chosen, rejected))
+        remaining = list(responses)
+        for number in range(self.max_pairs):
+            found = choose_pair(remaining, prefer.first, prefer.then, prefer.top)
+            if found is None:
+                if number == 0:
+                    reason = explain_tie(r.scores[self._rewards[-1]] for r in responses)
+                    self.dropped[name][reason] += 1
+                return
+            chosen, rejected = (
+                Side(response.prompt_id, response.sample, 0, len(response.token_ids))
+                for response in found
+            )
+            self.pairs.append(Pair(self.task, name, chosen, rejected))
+            remaining = [response for response in remaining if response not in found]
 
 
 @dataclass
@@ -334,7 +346,7 @@ def locate_tokens(token_ids: Sequence[int], text: str, decode: Decode) -> list[T
         locations.append((start, max(start, min(end, whole + 1))))
         start = max(start, whole)
         last = decode(token_ids[index : index + 1])
-        if index - first >= _WINDOW and whole == end and last and _UNFINISHED not in last:
+        if index - first >= _WINDOW and last and _UNFINISHED not in last:
             first, offset = index, end - len(last)
     decoded = decode(token_ids)
     own, other = text.lstrip(), decoded.lstrip()

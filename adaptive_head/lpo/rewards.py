@@ -181,7 +181,7 @@ class ListReward(_Judge):
 
     def judge(self, prompt: Prompt, response: Response) -> float:
         text = response.text.strip().removesuffix(".")
-        if len(text.splitlines()) != 1 or re.search(r"[.!?;:。！？；：…]", text):
+        if len(text.splitlines()) > 1 or re.search(r"[.!?;:。！？；：…]", text):
             return 0.0
         *items, last = text.split(",")
         before, *after = AND.split(last.strip(), maxsplit=1)

@@ -143,6 +143,7 @@ class Run:
             level,
             temperatures,
             self.group_folder(group) / "features",
+            needs_logprobs=any(recipe.loss == "eq11" for recipe in recipes.values()),
         )
         for name, recipe in recipes.items():
             needs_logits = recipe.loss == "cross_entropy"

@@ -30,6 +30,7 @@ from adaptive_head.lpo.losses import (
     compute_mean_penalty,
     compute_nll,
     read_base_model,
+    score_centred,
     score_eq9,
     score_eq10,
     score_eq11,
@@ -42,7 +43,7 @@ CHECKPOINT_FILE = "checkpoint.safetensors"
 HEAD_FOLDER = "head"
 LOGS_FOLDER = "tensorboard"
 # How a loss tells the better side; the losses that read one side only borrow Eq. 10's.
-_SCORES = {"eq11": score_eq11, "eq9": score_eq9}
+_SCORES = {"eq11": score_eq11, "eq9": score_eq9, "centred": score_centred}
 _MAX_BYTES_IN_MEMORY = 2 * 2**30
 _ROWS_PER_CHUNK = 8192
 # Two sides of one choice differ by rounding alone.

@@ -157,6 +157,24 @@ def test_responses_share_the_rows_out_among_them(model, tmp_path):
     assert taken == list(range(sum(len(r.token_ids) for r in RESPONSES)))
 
 
+def test_rows_do_not_depend_on_the_order_of_the_responses(model, tmp_path):
+    one = compute(model, tmp_path / "one")
+    other = compute(model, tmp_path / "other", responses=RESPONSES[::-1])
+    assert one.starts == other.starts
+    assert torch.equal(one.hidden, other.hidden) and torch.equal(one.logprobs, other.logprobs)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_logprobs_that_nobody_reads_are_nan(model, tmp_path, level):
+    responses = [even(response) for response in RESPONSES]
+    whole = compute(model, tmp_path, level, responses=responses)
+    less = compute(model, tmp_path, level, responses=responses, needs_logprobs=False)
+    assert less.logprobs.shape == whole.logprobs.shape and less.logprobs.isnan().all()
+    assert not whole.logprobs.isnan().any()
+    assert torch.equal(less.hidden, whole.hidden) and torch.equal(less.choices, whole.choices)
+    assert less.starts == whole.starts
+
+
 def test_at_temperature_zero_only_the_likeliest_token_is_possible(model, tmp_path):
     greedy = continue_greedily(model, RESPONSES[3])
     other = replace(greedy, sample=4, token_ids=(greedy.token_ids[0] ^ 1, *greedy.token_ids[1:]))
@@ -307,7 +325,11 @@ CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
         "responses": [*RESPONSES[1:], replace(RESPONSES[0], prompt_token_ids=(3, 4))]
     },
     "choice": lambda: {"responses": [even(r) for r in RESPONSES]},
-    "sample": lambda: {"responses": [*RESPONSES[1:], replace(RESPONSES[0], sample=5)]},
+    # Its place in the order of the keys stays.
+    "sample": lambda: {
+        "responses": [*RESPONSES[:2], replace(RESPONSES[2], sample=1), *RESPONSES[3:]]
+    },
+    "less": lambda: {"needs_logprobs": False},
     "temperatures": lambda: {"temperatures": (*TEMPERATURES, 2.0)},
     "level": lambda: {"level": "sequence", "responses": [RESPONSES[1]]},
 }

@@ -138,6 +138,18 @@ def test_best_and_worst_response_of_each_prompt_are_a_pair_of_all_their_tokens()
     assert (counts.num_prompts, counts.num_pairs, counts.dropped) == (2, 2, {})
 
 
+@pytest.mark.parametrize(("limit", "expected"), [(1, 1), (2, 2), (9, 2)])
+def test_further_pairs_are_of_the_responses_that_remain(limit, expected):
+    values = [0.5, 0.9, 0.5, 0.1, 0.5, 0.7, 0.3]
+    responses = [answer("a/0", number, good=value) for number, value in enumerate(values)]
+    recipe = EVERY_RESPONSE.model_copy(update={"max_pairs_per_prompt": limit})
+    found = pair(responses, recipe)
+    samples = [(p.chosen.sample, p.rejected.sample) for p in found.pairs]
+    # The three that remain tie, which drops nothing: the prompt made pairs.
+    assert samples == [(1, 3), (5, 6)][:expected]
+    assert get_dropped(found) == {"good": {}}
+
+
 def test_two_rewards_choose_together_and_the_pair_names_both():
     values = [(0.9, 0.0), (0.8, 1.0), (0.2, 1.0), (0.1, 0.3)]
     responses = [answer("a/0", n, good=g, long=w) for n, (g, w) in enumerate(values)]
@@ -425,7 +437,7 @@ def test_token_without_text_belongs_to_no_span(byte_level):
 
 def test_response_may_stop_within_a_character_or_at_a_stop_string(byte_level):
     token_ids = byte_level.encode("She 😀").ids
-    for text in ("She ", "She \ufffd"):
+    for text in ("She ", "She \ufffd", "She \ufffd\ufffd"):
         locations = locate_tokens(token_ids[:-2], text, byte_level.decode)
         assert take(text, locations)[:2] == ["She", " "]
     assert locate_tokens(token_ids, "She", byte_level.decode) is not None

@@ -199,6 +199,7 @@ def test_sentence_start() -> None:
         ("She ran.\n***\nShe hid.", 1),
         ("She ran...  “She hid”?! «She» won", 1),
         ("She ran.)\r\nHe hid", 1 / 2),
+        ("She ran\nHe hid", 1 / 2),
     ],
 )
 def test_sentences(text: str, score: float) -> None:
@@ -259,6 +260,7 @@ def test_length() -> None:
     both = build("length", min_words=4, max_characters=4)
     assert judge(both, "a bcd") == 1 / 2
     assert judge(both, "abcde f") == 1 / 4
+    assert judge(build("length", min_words=4, min_characters=2), "a") == 1 / 4
 
 
 def test_length_of_the_reference() -> None:
