@@ -251,3 +251,7 @@ def make_table(head: LoadedHead) -> Table:
         # Plain text, so that [brackets] in a name are not read as markup.
         table.add_row(name, Text(value))
     return table
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,6 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from adaptive_head.lpo.arms import Arm, ArmKind, HeadUnderTest, format_temperature, list_choices
 from adaptive_head.lpo.experiment import Experiment
 from adaptive_head.lpo.records import Prompt, Response
-from adaptive_head.lpo.rewards import NumberReward, Reward, compare_scores, find_numbers
+from adaptive_head.lpo.rewards import NumberReward, Reward, compare_scores
 from adaptive_head.lpo.statistics import (
     MIN_PROMPTS,
     Interval,
@@ -100,7 +99,7 @@ def summarise_arm(
         if name := find_voted_reward(experiment, rewards, task):
             reward = rewards[task][name]
             assert isinstance(reward, NumberReward)
-            found = [find_answer(reward, response.text) for response in responses]
+            found = [reward.find_answer(response.text) for response in responses]
             votes[prompt_id] = count_votes(found, [r.scores[name] for r in responses])
     choices = {task: list_choices(level, responses) for task, responses in by_task.items()}
     return ArmSummary(
@@ -120,16 +119,6 @@ def find_voted_reward(experiment: Experiment, rewards: Rewards, task: str) -> st
         return None
     names = experiment.tasks[task].metrics
     return next((n for n in names if isinstance(rewards[task][n], NumberReward)), None)
-
-
-def find_answer(reward: NumberReward, text: str) -> Decimal | None:
-    """The number that the reward takes for a response's answer."""
-    if reward.marker is not None:
-        _, found, text = text.rpartition(reward.marker)
-        if not found:
-            return None
-    numbers = list(find_numbers(text))
-    return numbers[-1 if reward.extract == "last" else 0] if numbers else None
 
 
 def choose_best_fixed(

@@ -19,14 +19,13 @@ from adaptive_head.lpo.comparison import (
     Comparison,
     Opponent,
     choose_best_fixed,
-    find_answer,
     judge_win_rate,
     summarise_arm,
 )
 from adaptive_head.lpo.plots import draw_plots
-from adaptive_head.lpo.records import Prompt, Response
+from adaptive_head.lpo.records import Response
 from adaptive_head.lpo.report import write_report, write_verdict
-from adaptive_head.lpo.rewards import NumberReward, build_reward
+from adaptive_head.lpo.rewards import build_reward
 from adaptive_head.lpo.statistics import Interval, bootstrap_mean
 from adaptive_head.lpo.tables import render_tables
 from tests.lpo.evaluation_setup import (
@@ -265,24 +264,6 @@ def test_too_few_prompts_say_nothing():
     verdict = write_verdict("h", rows, None)
     assert "too few prompts" in verdict
     assert "beats" not in verdict
-
-
-@pytest.mark.parametrize(
-    ("settings", "text", "answer"),
-    [
-        ({}, "2 and 3 is 5.0", 5),
-        ({"extract": "first"}, "2 and 3 is 5", 2),
-        ({"extract": "after", "marker": "####"}, "2 #### 7, not 8", 7),
-        ({"extract": "after", "marker": "####"}, "2 and 3 is 5", None),
-        ({}, "no idea", None),
-    ],
-)
-def test_the_voted_answer_is_the_one_that_the_reward_compares(settings, text, answer):
-    reward = NumberReward(kind="number", **settings)
-    assert find_answer(reward, text) == answer
-    prompt = Prompt("sums/test/0", "sums", text="?", reference={"answer": answer or 0})
-    scores = reward.score([prompt], [make_response("sums/test/0", 0, text=text)])
-    assert scores == [float(answer is not None)]
 
 
 def test_a_summary_votes_by_answer():
