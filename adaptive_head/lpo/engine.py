@@ -55,7 +55,9 @@ class Engine(Protocol):
 
 
 @contextmanager
-def open_engine(model: Path | str, config: EngineConfig, heads: Mapping[str, Path]) -> Iterator[Engine]:
+def open_engine(
+    model: Path | str, config: EngineConfig, heads: Mapping[str, Path]
+) -> Iterator[Engine]:
     """The engine that the settings ask for, until the block ends.
 
     Args:
@@ -153,8 +155,7 @@ def engine_arguments(
 
 def make_sampling_params(request: GenerationRequest, heads: Mapping[str, Head]) -> Any:
     """vLLM's sampling parameters for a request."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     common = {
         "seed": request.seed,

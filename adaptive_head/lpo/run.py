@@ -59,9 +59,7 @@ class Run:
             responses = self.roll_out(group)
             if last == STAGES.index("rollouts"):
                 continue
-            pairs = {
-                name: self.pair(name, recipe, responses) for name, recipe in recipes.items()
-            }
+            pairs = {name: self.pair(name, recipe, responses) for name, recipe in recipes.items()}
             if last >= STAGES.index("train"):
                 self.train(group, recipes, responses, pairs)
         if last >= STAGES.index("evaluate"):
@@ -134,7 +132,9 @@ class Run:
     ) -> None:
         """The heads of a group, all on one computation of the features."""
         level, temperatures = group
-        sides = (s for p in pairs.values() for pair in p.pairs for s in (pair.chosen, pair.rejected))
+        sides = (
+            s for p in pairs.values() for pair in p.pairs for s in (pair.chosen, pair.rejected)
+        )
         used = {side.key for side in sides}
         paired = [response for response in responses if response.key in used]
         features = compute_features(

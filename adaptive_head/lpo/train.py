@@ -475,6 +475,8 @@ def _check_inputs(recipe: HeadRecipe, features: Features, unembedding: torch.Ten
             f"the features are of the temperatures {features.temperatures}, "
             f"the recipe's are {recipe.temperatures}"
         )
+    if recipe.loss == "eq11" and features.logprobs[:1].isnan().any():
+        raise ValueError("loss: eq11 needs features that hold log-probabilities")
     if recipe.loss != "cross_entropy":
         return
     if recipe.level != "token":

@@ -14,6 +14,7 @@ from adaptive_head.lpo.losses import (
     compute_nll,
     compute_token_losses,
     read_base_model,
+    score_centred,
     score_eq9,
     score_eq10,
     score_eq11,
@@ -23,7 +24,7 @@ from adaptive_head.lpo.losses import (
 from tests.reference import softmax
 
 LENGTHS = (3, 1, 4)
-SCORES = {"eq10": score_eq10, "eq9": score_eq9, "eq11": score_eq11}
+SCORES = {"eq10": score_eq10, "centred": score_centred, "eq9": score_eq9, "eq11": score_eq11}
 TEMPERATURES = torch.tensor([0.0, 0.5, 1.5], dtype=torch.float64)
 
 
@@ -66,6 +67,7 @@ def score_slowly(name: str, side: PackedSide, normalised: bool) -> list[float]:
         reference = math.fsum(likelihood) / num_temperatures
         term = {
             "eq10": lambda: math.log(chosen),  # noqa: B023
+            "centred": lambda: math.log(chosen) - math.fsum(map(math.log, p)) / len(p),  # noqa: B023
             "eq9": lambda: math.log(chosen / (1 / num_temperatures)),  # noqa: B023
             "eq11": lambda: math.log(mixed / reference),  # noqa: B023
         }[name]()
@@ -187,6 +189,22 @@ def test_eq9_alone_does_not_mind_length_under_a_uniform_head():
     assert score_eq9(long).item() == pytest.approx(score_eq9(short).item(), abs=1e-6)
     assert score_eq10(long).item() == pytest.approx(-5 * math.log(3))
     assert score_eq10(short).item() == pytest.approx(-2 * math.log(3))
+
+
+def test_centred_is_eq10_for_sides_of_one_state():
+    logits = make_logits(13, 4)
+    chosen, rejected = (pack(logits, seed, lengths=(1, 1, 1, 1)) for seed in (13, 14))
+    assert not torch.equal(chosen.choices, rejected.choices)
+    eq10, centred = (s(chosen) - s(rejected) for s in (score_eq10, score_centred))
+    assert torch.allclose(centred, eq10)
+
+
+def test_uniform_choices_score_nothing_on_average_when_centred():
+    log_p = make_logits(14, 1).log_softmax(1).expand(3, 3)
+    segments = torch.zeros(3, dtype=torch.int64)
+    side = PackedSide(log_p, torch.arange(3), torch.zeros(3, 3), segments, 1)
+    assert score_centred(side).item() == pytest.approx(0, abs=1e-12)
+    assert score_eq10(side).item() < -3 * math.log(3)
 
 
 def test_eq11_is_zero_for_a_head_that_is_its_reference():

@@ -169,6 +169,7 @@ def check_rule(folder: Path) -> None:
 
 INFORMATIVE = {
     "eq10": "choices",
+    "centred": "choices",
     "eq9": "choices",
     "nll": "choices",
     "eq11": "logprobs",
@@ -184,7 +185,7 @@ def test_tokens_teach_the_planted_rule(tmp_path, loss):
     assert result.validation_loss < result.untrained_loss
 
 
-@pytest.mark.parametrize("loss", ["eq10", "eq9", "nll", "eq11"])
+@pytest.mark.parametrize("loss", ["eq10", "centred", "eq9", "nll", "eq11"])
 def test_sequences_teach_the_planted_rule(tmp_path, loss):
     planted = plant_sequences(INFORMATIVE[loss])
     fit(tmp_path, planted, make_recipe(loss=loss, level="sequence", max_epochs=25))
@@ -561,6 +562,24 @@ def test_cross_entropy_needs_tokens_and_an_unembedding(tmp_path, tokens):
             fit(tmp_path, tokens, recipe, unembedding=unembedding)
     with pytest.raises(ValueError, match="the level must be token"):
         fit(tmp_path, plant_sequences("choices"), recipe.model_copy(update={"level": "sequence"}))
+
+
+def forget_logprobs(planted: Planted) -> Planted:
+    logprobs = torch.full_like(planted.features.logprobs, math.nan)
+    return replace(planted, features=replace(planted.features, logprobs=logprobs))
+
+
+@pytest.mark.parametrize("loss", sorted(INFORMATIVE.keys() - {"eq11"}))
+def test_only_eq11_reads_log_probabilities(tmp_path, tokens, loss):
+    recipe = make_recipe(loss=loss, max_epochs=1)
+    fit(tmp_path / "with", tokens, recipe)
+    fit(tmp_path / "without", forget_logprobs(tokens), recipe)
+    assert read_weights(tmp_path / "with") == read_weights(tmp_path / "without")
+
+
+def test_eq11_needs_log_probabilities(tmp_path, tokens):
+    with pytest.raises(ValueError, match="eq11 needs features that hold log-probabilities"):
+        fit(tmp_path, forget_logprobs(tokens), make_recipe(loss="eq11"))
 
 
 def test_pairs_of_responses_without_features(tmp_path, tokens):
