@@ -146,7 +146,7 @@ def find_orphans() -> list[str]:
         child
         for child in psutil.Process().children(recursive=True)
         # Of Python's own; it ends with the process.
-        if "resource_tracker" not in " ".join(child.cmdline())
+        if "resource_tracker" not in read_command(child)
     ]
     _, alive = psutil.wait_procs(children, timeout=30)
     return [str(child) for child in alive]
@@ -156,8 +156,15 @@ def find_replicas() -> list[psutil.Process]:
     return [
         process
         for process in psutil.Process().children(recursive=True)
-        if any(name in " ".join(process.cmdline()) for name in ("ray::Replica", "EngineCore_DP"))
+        if any(name in read_command(process) for name in ("ray::Replica", "EngineCore_DP"))
     ]
+
+
+def read_command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return "ended"
 
 
 @pytest.fixture(scope="module")

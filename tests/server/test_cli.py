@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 from vllm.platforms import current_platform
 
-from adaptive_head import AdaptiveHead, HeadConfig, save_head
+from adaptive_head import AdaptiveHead, HeadConfig, load_head, save_head
 from adaptive_head.checkpoint import BaseModelIdentity
+from adaptive_head.embedded_model import prepare
 from adaptive_head.fingerprint import fingerprint_model
+from adaptive_head.heads import SHIPPED_HEADS
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.settings import read_settings
 from server import cli
@@ -205,13 +207,14 @@ def test_vllms_rust_front_end_is_refused(refusal, serve, model, monkeypatch):
 def embedded(monkeypatch, model, heads):
     """The tiny model in the place of the embedded one, with a head that ships."""
     monkeypatch.setattr(cli, "prepare", lambda: model)
-    monkeypatch.setattr(cli, "shipped_head", lambda: heads / "a")
+    monkeypatch.setattr(cli, "SHIPPED_HEADS", {"a": heads / "a", "b": heads / "b"})
 
 
 def test_without_a_model_the_embedded_one_is_served_with_its_head(serve, embedded, model, heads):
     args = serve("--port", 8123)
     assert (args.model_tag, args.served_model_name) == (str(model), [cli.EMBEDDED_NAME])
-    assert settings_of(args).heads == {"default": heads / "a"}
+    assert settings_of(args).heads == {"a": heads / "a", "b": heads / "b"}
+    assert settings_of(args).resolved_default_head == "a"
 
 
 def test_the_embedded_model_may_have_another_name_and_head(serve, embedded, heads):
@@ -231,8 +234,16 @@ def test_a_model_given_as_an_option_or_in_a_file_is_not_ignored(
     assert (args.model_tag, args.port) == ("org/other", 8124)
 
 
-def test_the_shipped_head_is_a_head():
-    assert (cli.shipped_head() / "head.json").is_file()
+def test_the_heads_that_ship_are_trained_small_and_for_the_embedded_model():
+    assert list(SHIPPED_HEADS) == ["sequence", "token"]
+    fingerprint = fingerprint_model(prepare())
+    for level, folder in SHIPPED_HEADS.items():
+        metadata = load_head(folder, fingerprint=fingerprint).metadata
+        assert metadata.trained
+        assert metadata.level == level
+        assert sum(path.stat().st_size for path in folder.iterdir()) <= 2_000_000
+        assert metadata.training["provenance"]["experiment"]["name"] == "mix"
+
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="defaults for CPUs")

@@ -104,11 +104,23 @@ def test_the_bare_command_serves_the_embedded_model_until_interrupted(tmp_path):
         assert f'"adaptive", or model "{EMBEDDED_NAME}:adaptive"' in server.read_log()
         body = {"model": EMBEDDED_NAME, "prompt": "Once upon", "max_tokens": 4}
         (choice,) = server.post("/v1/completions", body).json()["choices"]
-        assert choice["adaptive"]["head"] == "default"
+        assert choice["adaptive"]["head"] == "sequence"
+        assert ask(server, "What is 37 + 58?") + 0.3 < ask(server, STORY)
         body |= {"stream": True, "max_tokens": 4000, "ignore_eos": True}
         with server.http.stream("POST", "/v1/completions", json=body) as stream:
             next(stream.iter_lines())
             assert_ends(server, signal.SIGINT)
+
+
+STORY = "Write a short story about a lighthouse."
+
+
+def ask(server, question: str) -> float:
+    """The mean temperature of the answer to a question."""
+    message = {"role": "user", "content": question}
+    body = {"model": EMBEDDED_NAME, "messages": [message], "max_tokens": 8}
+    (choice,) = server.post("/v1/chat/completions", body).json()["choices"]
+    return choice["adaptive"]["mean"]
 
 
 def test_the_plugin_without_its_worker_says_so_and_does_not_start(model, tmp_path):
