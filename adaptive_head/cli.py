@@ -132,9 +132,7 @@ class StageOption(StrEnum):
 @app.command()
 def run(
     experiment: Annotated[Path, typer.Argument(help="YAML file of the experiment.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the results; else runs/NAME.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results; else runs/NAME.")] = None,
     until: Annotated[
         StageOption, typer.Option(help="The last stage to do.")
     ] = StageOption.evaluate,

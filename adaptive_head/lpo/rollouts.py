@@ -41,12 +41,14 @@ def roll_out(
         DataError: the folder belongs to other settings, or a reward failed.
         OSError: the disk is full; everything written so far is kept.
     """
-    key = digest([model.identity.model_dump(), level, temperatures, experiment.seed, *describe(experiment, prompts)])
+    own = [model.identity.model_dump(), level, temperatures, experiment.seed]
+    key = digest([*own, *describe(experiment, prompts)])
     manifest = read_manifest(folder)
     if not (manifest and manifest["key"] == key and manifest["is_complete"]):
         head = folder / "head"
         if not (head / "head.json").exists():
-            network = AdaptiveHead(HeadConfig(model.hidden_size, temperatures, (64,)), experiment.seed)
+            config = HeadConfig(model.hidden_size, temperatures, (64,))
+            network = AdaptiveHead(config, experiment.seed)
             save_head(head, network, level=level, base_model=model.identity, trained=False)
         with ShardWriter(folder, key, experiment.rollouts.shard_size) as writer:
             requests = dict(prepare_requests(experiment, level, prompts, encode, writer.keys))

@@ -21,6 +21,8 @@ from adaptive_head.lpo.records import DataError, Prompt
 
 Split = Literal["train", "test"]
 PREFIX_TOKENS = 50
+# What titles, lists and explanations are made of.
+WORDS: dict[str, list[str]] = json.loads(Path(__file__).with_name("words.json").read_text())
 
 
 def make_prompts(
@@ -175,35 +177,24 @@ def generate_arithmetic(split: Split, rng: random.Random, tokenizer: Any) -> Ite
         yield from two
 
 
-ADJECTIVES = (
-    "Silent Broken Golden Last Hidden Forgotten Crimson Wandering Lonely Frozen Secret Hollow "
-    "Burning Distant Gentle Stolen Midnight Paper Northern Invisible Crooked Patient Borrowed "
-    "Winter Emerald Restless Tiny Ancient Clockwork Sleeping Painted Salted"
-).split()
-NOUNS = (
-    "Lighthouse Garden Letter Violin River Clock Fox Bridge Orchard Mirror Train Baker Island "
-    "Lantern Map Piano Whale Window Tower Station Umbrella Forest Captain Kite Library Sparrow "
-    "Mountain Carousel Door Teacher Harbor Astronaut"
-).split()
-PLACES = (
-    "the Valley|Maple Street|the Sea|a Small Town|the Desert|Paris|the Old Mill|the Moon|"
-    "the North|Willow Lake|the Market|the Attic|a Rainy City|the Canyon|the Train Yard|the Hills"
-).split("|")
+def list_words(split: Split, kind: str) -> list[str]:
+    """The words of a kind that belong to a split."""
+    return [word for word in WORDS[kind] if belongs(split, word)]
 
 
 def make_title(split: Split, rng: random.Random) -> str:
     """A story's title; no noun, adjective or place stands in both splits."""
-
-    def choose(words: Any) -> str:
-        return rng.choice([word for word in words if belongs(split, word)])
-
-    return f"The {choose(ADJECTIVES)} {choose(NOUNS)} of {choose(PLACES)}"
+    adjective, noun, place = (
+        rng.choice(list_words(split, kind)) for kind in ("adjectives", "nouns", "places")
+    )
+    return f"The {adjective} {noun} of {place}"
 
 
 def generate_stories(split: Split, rng: random.Random, _: Any) -> Iterator[Prompt]:
     """A short story from a title, as in §3.2 of arXiv 2411.09661."""
     for _attempt in range(MAX_ATTEMPTS):
-        yield ask(f"Write a short story with the following title.\n\nTitle: {make_title(split, rng)}")
+        title = make_title(split, rng)
+        yield ask(f"Write a short story with the following title.\n\nTitle: {title}")
 
 
 def generate_constrained_stories(split: Split, rng: random.Random, _: Any) -> Iterator[Prompt]:
@@ -215,11 +206,6 @@ def generate_constrained_stories(split: Split, rng: random.Random, _: Any) -> It
         )
 
 
-CATEGORIES = (
-    "animals fruits countries colors vegetables sports cities birds trees flowers jobs foods "
-    "drinks insects rivers languages planets metals tools hobbies instruments fish games clothes "
-    "desserts mammals vehicles toys spices shapes emotions subjects"
-).split()
 NUMBERS = {"three": 3, "four": 4, "five": 5, "six": 6, "seven": 7}
 
 
@@ -230,29 +216,19 @@ def generate_lists(split: Split, rng: random.Random, _: Any) -> Iterator[Prompt]
         "Name exactly {} {}, separated by commas, on one line.",
         "Write the names of exactly {} {} on one line, separated by commas.",
     )
-    categories = [category for category in CATEGORIES if belongs(split, category)]
+    categories = list_words(split, "categories")
     for _attempt in range(MAX_ATTEMPTS):
         word = rng.choice(list(NUMBERS))
         question = rng.choice(wordings).format(word, rng.choice(categories))
         yield ask(question, count=NUMBERS[word])
 
 
-TOPICS = (
-    "why the sky is blue|how bread is made|what a library is for|why we sleep|how bees make honey|"
-    "what gravity does|how to save money|why exercise matters|how rain forms|what a computer does|"
-    "how to learn a language|why trees lose their leaves|how to make tea|what a vaccine does|"
-    "why people travel|how birds fly|what causes the seasons|how to write a letter|"
-    "why recycling helps|how a bicycle works|what friendship means|how to plan a party|"
-    "why music moves us|how to care for a plant|what a map shows|how to study for an exam|"
-    "why the moon changes shape|how cheese is made|what a budget is|how to stay calm|"
-    "why teamwork matters|how a candle burns"
-).split("|")
 LIMITS = (20, 25, 30, 35, 40)
 
 
 def generate_explanations(split: Split, rng: random.Random, _: Any) -> Iterator[Prompt]:
     """A short explanation with a limit on its words: general instructions."""
-    topics = [topic for topic in TOPICS if belongs(split, topic)]
+    topics = list_words(split, "topics")
     for _attempt in range(MAX_ATTEMPTS):
         limit = rng.choice(LIMITS)
         yield ask(f"Explain {rng.choice(topics)} in at most {limit} words.", max_words=limit)

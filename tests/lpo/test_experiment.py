@@ -78,9 +78,7 @@ def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], reason: str
         ({"rewards": {"correct": {"kind": "magic"}}}, "kind"),
     ],
 )
-def test_mistakes_in_a_task_are_named(
-    tmp_path: Path, changes: dict[str, Any], reason: str
-) -> None:
+def test_mistakes_in_a_task_are_named(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
     content = make_content()
     content["tasks"]["sums"] |= changes
     path = tmp_path / "mine.yaml"

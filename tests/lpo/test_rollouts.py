@@ -81,9 +81,7 @@ def test_the_head_that_samples_is_near_uniform(engine: FakeEngine, tmp_path: Pat
 
 
 @pytest.mark.parametrize("fail_after", [0, 1, 7, 19])
-def test_an_interrupted_run_goes_on(
-    engine: FakeEngine, tmp_path: Path, fail_after: int
-) -> None:
+def test_an_interrupted_run_goes_on(engine: FakeEngine, tmp_path: Path, fail_after: int) -> None:
     engine.fail_after = fail_after
     with pytest.raises(KeyboardInterrupt):
         roll_out(tmp_path)

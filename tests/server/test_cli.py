@@ -245,7 +245,6 @@ def test_the_heads_that_ship_are_trained_small_and_for_the_embedded_model():
         assert metadata.training["provenance"]["experiment"]["name"] == "mix"
 
 
-
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="defaults for CPUs")
 def test_a_cpu_gets_defaults_that_fit_it_and_the_users_values_win(serve, model, monkeypatch):
     args = serve(model)
