@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from adaptive_head.checkpoint import BaseModelIdentity
-from adaptive_head.embedded_model import prepare
+from adaptive_head.embedded_model import EMBEDDED_NAME, prepare
 from adaptive_head.fingerprint import fingerprint_model
 
 EMBEDDED = "embedded"
@@ -44,9 +44,8 @@ def find_language_model(name: str) -> LanguageModel:
                 f"model: {name!r} is neither {EMBEDDED!r}, a folder, nor on the hub ({reason})"
             ) from None
     config = read_model_config(folder)
-    identity = BaseModelIdentity(
-        name=find_model_name(folder, config), fingerprint=fingerprint_model(folder)
-    )
+    published = EMBEDDED_NAME if name == EMBEDDED else find_model_name(folder, config)
+    identity = BaseModelIdentity(name=published, fingerprint=fingerprint_model(folder))
     return LanguageModel(folder, identity, find_hidden_size(folder, config))
 
 

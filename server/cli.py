@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from adaptive_head.checkpoint import load_head
-from adaptive_head.embedded_model import prepare
+from adaptive_head.embedded_model import EMBEDDED_NAME, prepare
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.heads import SHIPPED_HEADS
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
@@ -17,7 +17,6 @@ from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
 from adaptive_head.vllm.settings import CONFIG_KEY, AdaptiveSettings, check_head_name
 
 PLUGIN = "adaptive"
-EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 CPU_KV_CACHE_BYTES = 2 << 30
 # All of vLLM's groups but the one for endpoints, which only load when they are named.
 PLUGIN_GROUPS = (

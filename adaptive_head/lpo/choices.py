@@ -10,10 +10,10 @@ from adaptive_head.checkpoint import HeadMetadata
 from adaptive_head.lpo.arms import count_choices, format_temperature, list_choices
 from adaptive_head.lpo.comparison import Rewards
 from adaptive_head.lpo.experiment import Experiment
-from adaptive_head.lpo.pairs import Decode, cover_span, locate_tokens
 from adaptive_head.lpo.records import Prompt, Response
 from adaptive_head.lpo.rewards import Reward
 from adaptive_head.lpo.statistics import Curve, average_by_index, bootstrap_mean
+from adaptive_head.lpo.token_ranges import Decode, cover_span, locate_tokens
 
 MAX_POSITION = 1024
 # As far as Fig. 6 of arXiv 2411.09661 goes.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -23,12 +23,12 @@ from adaptive_head.lpo.choices import describe_choices
 from adaptive_head.lpo.comparison import Rewards, summarise_arm
 from adaptive_head.lpo.engine import Engine, Generation, GenerationRequest
 from adaptive_head.lpo.experiment import EngineConfig, Experiment
-from adaptive_head.lpo.pairs import Decode
 from adaptive_head.lpo.plots import draw_plots
 from adaptive_head.lpo.progress import TokenProgress
 from adaptive_head.lpo.records import Prompt, Response
 from adaptive_head.lpo.report import build_results, write_report
 from adaptive_head.lpo.rewards import score_responses
+from adaptive_head.lpo.token_ranges import Decode
 
 Encode = Callable[[Prompt], tuple[int, ...]]
 OpenEngine = Callable[
@@ -78,7 +78,7 @@ def evaluate(
     tested = read_heads(experiment, heads)
     has_spans = any(reward.has_spans for of_task in rewards.values() for reward in of_task.values())
     if decode is None and has_spans:
-        decode = AutoTokenizer.from_pretrained(model).decode
+        decode = partial(AutoTokenizer.from_pretrained(model).decode, skip_special_tokens=True)
     with AnswerBook(folder / "answers") as book:
         examiner = Examiner(experiment, model, tested, questions, rewards, book, open_engine)
         arms = plan_arms(experiment, tested)

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from adaptive_head.language_model import LanguageModel
 from adaptive_head.lpo.evaluate import evaluate
 from adaptive_head.lpo.experiment import Experiment, HeadRecipe
-from adaptive_head.lpo.features import compute_features, read_unembedding
+from adaptive_head.lpo.features import compute_features
+from adaptive_head.lpo.frozen_model import read_unembedding
 from adaptive_head.lpo.pair_report import write_report
 from adaptive_head.lpo.pairs import PairSet, make_pairs
 from adaptive_head.lpo.records import Prompt, Response, write_records
@@ -114,7 +115,7 @@ class Run:
             self.experiment.tasks,
             recipe,
             self.rewards,
-            self.tokenizer.decode,
+            partial(self.tokenizer.decode, skip_special_tokens=True),
             self.experiment.seed,
         )
         folder = self.folder / "heads" / name

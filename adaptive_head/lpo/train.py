@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from adaptive_head.checkpoint import BaseModelIdentity, HeadError, load_head, save_head
 from adaptive_head.head import AdaptiveHead, HeadConfig, select_argmax
 from adaptive_head.lpo.experiment import HeadRecipe, derive_seed, digest
-from adaptive_head.lpo.features import Features
+from adaptive_head.lpo.feature_file import Features
 from adaptive_head.lpo.losses import (
     PackedSide,
     compare_sides,

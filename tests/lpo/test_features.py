@@ -18,15 +18,10 @@ from transformers import (
     PhiConfig,
 )
 
-from adaptive_head.lpo import features as features_module
-from adaptive_head.lpo.features import (
-    Features,
-    compute_features,
-    find_choices,
-    load_features,
-    make_key,
-    read_unembedding,
-)
+from adaptive_head.lpo import frozen_model
+from adaptive_head.lpo.feature_file import FeatureFile, Features, load_features
+from adaptive_head.lpo.features import compute_features, find_choices, make_key
+from adaptive_head.lpo.frozen_model import FrozenModel, read_unembedding
 from adaptive_head.lpo.records import DataError, Response
 from adaptive_head.options import Level
 from tests.engine.tiny_model import HIDDEN_SIZE, VOCAB_SIZE, make_tiny_model
@@ -196,14 +191,14 @@ def test_padding_and_company_change_nothing(model, tmp_path, batch_tokens):
 
 def test_batches_keep_to_their_limit(monkeypatch, model, tmp_path):
     shapes = []
-    read = features_module._FrozenModel.read
+    read = FrozenModel.read
 
     def record(self: Any, batch: list[Response], *rest: Any) -> Any:
         lengths = [len(r.prompt_token_ids) + len(r.token_ids) - 1 for r in batch]
         shapes.append((len(batch), max(lengths)))
         return read(self, batch, *rest)
 
-    monkeypatch.setattr(features_module._FrozenModel, "read", record)
+    monkeypatch.setattr(FrozenModel, "read", record)
     compute(model, tmp_path, batch_tokens=24)
     # The longest is alone, though it exceeds the limit; (9 + 4 - 1) * 2 fit exactly.
     assert shapes == [(1, 49), (2, 12), (2, 11)]
@@ -211,7 +206,7 @@ def test_batches_keep_to_their_limit(monkeypatch, model, tmp_path):
 
 def test_logits_come_in_chunks_without_a_seam(monkeypatch, model, tmp_path):
     whole = compute(model, tmp_path / "whole")
-    monkeypatch.setattr(features_module, "_CHUNK_ELEMENTS", 3 * VOCAB_SIZE)
+    monkeypatch.setattr(frozen_model, "_CHUNK_ELEMENTS", 3 * VOCAB_SIZE)
     chunked = compute(model, tmp_path / "chunked")
     torch.testing.assert_close(whole.logprobs, chunked.logprobs, **CLOSE)
 
@@ -301,7 +296,7 @@ def forbid_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("the model was loaded again")
 
-    monkeypatch.setattr(features_module._FrozenModel, "__init__", refuse)
+    monkeypatch.setattr(FrozenModel, "__init__", refuse)
 
 
 def test_cache_is_used_again_whatever_the_order(monkeypatch, model, tmp_path):
@@ -389,7 +384,7 @@ def test_cache_of_another_key_is_not_taken_for_its_own(model, tmp_path):
 
 
 def test_interrupted_computation_leaves_no_cache(monkeypatch, model, tmp_path):
-    original = features_module._FeatureFile.write
+    original = FeatureFile.write
     written = []
 
     def write(self: Any, response: Response, **rows: Any) -> None:
@@ -398,7 +393,7 @@ def test_interrupted_computation_leaves_no_cache(monkeypatch, model, tmp_path):
         written.append(response)
         original(self, response, **rows)
 
-    monkeypatch.setattr(features_module._FeatureFile, "write", write)
+    monkeypatch.setattr(FeatureFile, "write", write)
     with pytest.raises(OSError, match="No space left"):
         compute(model, tmp_path)
     assert len(written) == 3 and list(tmp_path.iterdir()) == []

@@ -21,9 +21,6 @@ from adaptive_head.lpo.pairs import (
     FEW_SPANS,
     UNALIGNED,
     PairSet,
-    cover_span,
-    cut_out,
-    locate_tokens,
     make_pairs,
     match_spans,
 )
@@ -38,6 +35,7 @@ from adaptive_head.lpo.records import (
     write_records,
 )
 from adaptive_head.lpo.rewards import DistinctReward, Reward
+from adaptive_head.lpo.token_ranges import cover_span, cut_out, locate_tokens
 
 TEMPERATURES = (0.0, 0.2, 0.4)
 EVERY_RESPONSE = HeadRecipe(level="token", temperatures=TEMPERATURES)

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from adaptive_head.checkpoint import BaseModelIdentity, load_head
 from adaptive_head.lpo import train
 from adaptive_head.lpo.experiment import HeadRecipe
-from adaptive_head.lpo.features import Features
+from adaptive_head.lpo.feature_file import Features
 from adaptive_head.lpo.records import Pair, Side
 from adaptive_head.lpo.train import TrainingError, TrainingResult, split_pairs, train_head
 

@@ -1,0 +1,175 @@
+"""Running the frozen language model: what it says of responses, and its output layer."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from adaptive_head.language_model import find_language_model
+from adaptive_head.lpo.records import DataError, Response
+
+# Of float32 logits in one chunk, 64 MiB: those of a whole batch would take gigabytes.
+_CHUNK_ELEMENTS = 2**24
+
+
+class FrozenModel:
+    """A causal LM in two halves: the transformer, and what makes logits of its hidden states.
+
+    The second half is the model's own `forward` around a transformer that returns given states.
+    So logits can be had for chosen positions and in chunks, and are scaled, capped and biased as
+    the model does it, whatever its family.
+
+    It runs in its checkpoint's dtype, on the GPU if there is one.
+
+    Args:
+        folder: of the model.
+
+    Attributes:
+        unembedding: the output layer's weight [vocab, d], in the checkpoint's dtype, where the
+            model runs.
+        hidden_size: d.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        # Imported here: it takes seconds, and a cache needs none of it.
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = model.requires_grad_(False).to(self._device)
+        self.unembedding: torch.Tensor = model.get_output_embeddings().weight.detach()
+        self._vocab, self.hidden_size = self.unembedding.shape
+        self._transformer = model.base_model
+        self._given = _Given()
+        # An output of the model's own class: families read different fields of it.
+        some_token = torch.zeros(1, 1, dtype=torch.long, device=self._device)
+        with torch.inference_mode():
+            self._given.output = self._transformer(input_ids=some_token, use_cache=False)
+        setattr(model, model.base_model_prefix, self._given)
+
+    def check_tokens(self, responses: Sequence[Response]) -> None:
+        """Whether the model can read these responses and their prompts.
+
+        Raises:
+            DataError: it does not know a token; names the prompt and the sample.
+        """
+        for response in responses:
+            largest = max((*response.prompt_token_ids, *response.token_ids))
+            if largest >= self._vocab:
+                where = f"prompt {response.prompt_id}, sample {response.sample}"
+                raise DataError(f"{where}: token {largest} is not one of the model's {self._vocab}")
+
+    @torch.inference_mode()
+    def read(
+        self, batch: Sequence[Response], temperatures: tuple[float, ...], needs_logprobs: bool
+    ) -> Iterator[tuple[Response, torch.Tensor, torch.Tensor]]:
+        """Run the model over a batch of responses and their prompts, padded to the longest.
+
+        Args:
+            batch: responses of tokens that the model knows, to prompts that are not empty.
+            temperatures: K of them, at least 0.
+            needs_logprobs: whether to compute them; they are NaN otherwise.
+
+        Yields:
+            Each response, its hidden states [tokens, d] in the checkpoint's dtype, from which its
+            tokens are predicted, and log P(y_t | tau_k), float32 [tokens, K], both on the CPU.
+        """
+        # The last token predicts nothing that is asked for.
+        texts = [[*r.prompt_token_ids, *r.token_ids[:-1]] for r in batch]
+        width = max(map(len, texts))
+        input_ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+        mask = torch.tensor([[1] * len(t) + [0] * (width - len(t)) for t in texts])
+        output = self._transformer(
+            input_ids=input_ids.to(self._device),
+            attention_mask=mask.to(self._device),
+            use_cache=False,
+        )
+        lengths = [len(response.token_ids) for response in batch]
+        hidden = torch.cat(
+            [
+                states[len(text) - length : len(text)]
+                for states, text, length in zip(
+                    output.last_hidden_state, texts, lengths, strict=True
+                )
+            ]
+        )
+        logprobs = torch.full((len(hidden), len(temperatures)), torch.nan)
+        if needs_logprobs:
+            token_ids = torch.tensor([token for r in batch for token in r.token_ids])
+            logprobs = self._compute_logprobs(hidden, token_ids.to(self._device), temperatures)
+        yield from zip(
+            batch, hidden.cpu().split(lengths), logprobs.cpu().split(lengths), strict=True
+        )
+
+    @torch.inference_mode()
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [rows, d], in the checkpoint's dtype -> float32 logits [rows, vocab]."""
+        self._given.output.last_hidden_state = hidden.unsqueeze(0).to(self._device)
+        positions = torch.zeros(1, len(hidden), dtype=torch.long, device=self._device)
+        logits: torch.Tensor = self._model(input_ids=positions, use_cache=False).logits
+        return logits[0].float()
+
+    def _compute_logprobs(
+        self, hidden: torch.Tensor, token_ids: torch.Tensor, temperatures: tuple[float, ...]
+    ) -> torch.Tensor:
+        step = max(1, _CHUNK_ELEMENTS // self._vocab)
+        chunks = []
+        for states, tokens in zip(hidden.split(step), token_ids.split(step), strict=True):
+            logits = self.compute_logits(states)
+            logits -= logits.amax(dim=1, keepdim=True)
+            chosen = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
+            scaled = torch.empty_like(logits)
+            columns = []
+            for temperature in temperatures:
+                if temperature == 0.0:
+                    columns.append(torch.zeros_like(chosen).masked_fill(chosen < 0, -torch.inf))
+                else:
+                    torch.div(logits, temperature, out=scaled)
+                    # No overflow: the largest logit is 0.
+                    normaliser = scaled.exp_().sum(dim=1).log()
+                    columns.append(chosen / temperature - normaliser)
+            chunks.append(torch.stack(columns, dim=1))
+        return torch.cat(chunks)
+
+
+def read_unembedding(model: Path | str) -> torch.Tensor:
+    """The output layer's weight W [vocab, d], in the checkpoint's dtype, on the CPU.
+
+    Raises:
+        DataError: the model's logits are not `hidden @ W.T`: it scales or caps them, or adds a
+            bias.
+        ValueError: there is no such model.
+    """
+    frozen = FrozenModel(find_model_folder(model))
+    weight = frozen.unembedding
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(8, frozen.hidden_size, generator=generator).to(weight)
+    # Large enough for a cap to show, and as large in every model; where all is 0, a bias shows.
+    hidden *= 1000 / (hidden @ weight.T).abs().max()
+    hidden[0] = 0
+    expected = (hidden @ weight.T).float()
+    errors = (frozen.compute_logits(hidden) - expected).abs()
+    if (errors > 0.02 * expected.abs().amax(dim=1, keepdim=True)).any():
+        raise DataError(f"{model}: the logits are not a product of hidden state and output layer")
+    return weight.cpu()
+
+
+def find_model_folder(model: Path | str) -> Path:
+    """The folder of a model: itself, or where `embedded` or one of the Hugging Face hub is.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    folder = Path(model)
+    return folder if folder.is_dir() else find_language_model(str(model)).folder
+
+
+class _Given(nn.Module):
+    """Stands where a causal LM's transformer was, and returns what it is told."""
+
+    output: Any
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self.output
