@@ -1,6 +1,7 @@
 """Every experiment that ships, in its quick form, from nothing to a table, with the real model."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -72,3 +73,19 @@ def test_a_killed_run_goes_on_and_a_finished_one_does_nothing(tmp_path: Path) ->
     before = list_files()
     finish(start("voting", tmp_path))
     assert list_files() == before
+
+
+def test_inspect_shows_an_answer_and_writes_the_page(tmp_path: Path) -> None:
+    training = (FOLDER.parent / "docs" / "training.md").read_text()
+    (line,) = [line for line in training.splitlines() if line.startswith("adaptive-head inspect")]
+    _, _, *arguments = shlex.split(line)
+    command = [sys.executable, "-m", "adaptive_head.cli", "inspect", *arguments]
+    command += ["--max-tokens", "8"]
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "8 tokens" in result.stdout
+    page = (tmp_path / "answer.html").read_text()
+    assert "lighthouse" in page
+    assert "http" not in page.replace("http://www.w3.org/", "")

@@ -673,11 +673,11 @@ def test_reward_model_of_low_precision(tmp_path: Path) -> None:
 
 
 def test_reward_model_of_plain_text(tmp_path: Path) -> None:
-    prompt = Prompt("p", "t", text="tell me a story : ")
+    prompt = Prompt("p", "t", text="tell me a sto")
     model = save_llama(tmp_path / "plain", chat=False)
     reward = build("reward_model", model=str(tmp_path / "plain"), device="cpu")
-    scores = reward.score([prompt], [reply("she ran")])
-    assert scores == pytest.approx(score_alone(model, ["tell me a story : she ran"]), abs=1e-4)
+    scores = reward.score([prompt], [reply("ry she ran")])
+    assert scores == pytest.approx(score_alone(model, ["tell me a story she ran"]), abs=1e-4)
     model = save_llama(tmp_path / "chat")
     reward = build("reward_model", model=str(tmp_path / "chat"), device="cpu")
     scores = reward.score([replace(prompt, text="tell me a story")], [reply("she ran")])

@@ -137,6 +137,12 @@ def read_weights(folder: Path) -> bytes:
     return (folder / "head" / "head.safetensors").read_bytes()
 
 
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    training = load_head(folder / "head").metadata.training
+    assert training is not None
+    return training["history"]
+
+
 def stop_after(monkeypatch, num_epochs: int) -> None:
     """As if the process were killed in the epoch after, some of its batches done."""
     original = train._Trainer.run_epoch
@@ -149,6 +155,18 @@ def stop_after(monkeypatch, num_epochs: int) -> None:
         return original(self, epoch, interrupt)
 
     monkeypatch.setattr(train._Trainer, "run_epoch", run_epoch)
+
+
+def record_epochs(monkeypatch) -> list[int]:
+    epochs = []
+    original = train._Trainer.run_epoch
+
+    def run_epoch(self, epoch, advance):
+        epochs.append(epoch)
+        return original(self, epoch, advance)
+
+    monkeypatch.setattr(train._Trainer, "run_epoch", run_epoch)
+    return epochs
 
 
 def forbid_training(monkeypatch) -> None:
@@ -323,23 +341,12 @@ def test_a_run_that_goes_on_gives_the_same_head(tmp_path, monkeypatch, tokens, l
     assert not (tmp_path / "halves" / "head").exists()
     with safe_open(tmp_path / "halves" / "checkpoint.safetensors", framework="pt") as file:
         assert len(json.loads(file.metadata()["state"])["history"]) == 1 + 3
-    epochs = []
-    original = train._Trainer.run_epoch
-
-    def run_epoch(self, epoch, advance):
-        epochs.append(epoch)
-        return original(self, epoch, advance)
-
-    monkeypatch.setattr(train._Trainer, "run_epoch", run_epoch)
+    epochs = record_epochs(monkeypatch)
     halves = fit(tmp_path / "halves", tokens, recipe)
     assert epochs == [4, 5]
     assert read_weights(tmp_path / "whole") == read_weights(tmp_path / "halves")
     assert replace(whole, seconds=0) == replace(halves, seconds=0)
-    histories = [
-        load_head(tmp_path / name / "head").metadata.training["history"]
-        for name in ("whole", "halves")
-    ]
-    assert histories[0] == histories[1]
+    assert read_history(tmp_path / "whole") == read_history(tmp_path / "halves")
     assert not (tmp_path / "halves" / "checkpoint.safetensors").exists()
 
 
@@ -354,6 +361,7 @@ def test_the_best_weights_survive_an_interruption(tmp_path, monkeypatch):
             fit(tmp_path / "halves", planted, recipe)
     fit(tmp_path / "halves", planted, recipe)
     assert read_weights(tmp_path / "whole") == read_weights(tmp_path / "halves")
+    assert read_history(tmp_path / "whole") == read_history(tmp_path / "halves")
 
 
 def test_a_kill_while_a_checkpoint_is_written_loses_one_epoch(tmp_path, monkeypatch, tokens):
@@ -371,8 +379,11 @@ def test_a_kill_while_a_checkpoint_is_written_loses_one_epoch(tmp_path, monkeypa
         context.setattr(train, "save_file", save_half)
         with pytest.raises(KeyboardInterrupt):
             fit(tmp_path / "halves", tokens, recipe)
+    epochs = record_epochs(monkeypatch)
     fit(tmp_path / "halves", tokens, recipe)
+    assert epochs == [3, 4]
     assert read_weights(tmp_path / "whole") == read_weights(tmp_path / "halves")
+    assert [step for step, _ in read_logs(tmp_path / "halves")["loss/training"]] == [1, 2, 3, 4]
 
 
 def test_a_checkpoint_of_other_settings_is_not_used(tmp_path, monkeypatch, capsys, tokens):
@@ -385,6 +396,7 @@ def test_a_checkpoint_of_other_settings_is_not_used(tmp_path, monkeypatch, capsy
     capsys.readouterr()
     fit(tmp_path / "used", tokens, recipe)
     assert "checkpoint.safetensors is of other settings" in capsys.readouterr().err
+    assert len(list((tmp_path / "used" / "tensorboard").iterdir())) == 1
     assert read_weights(tmp_path / "fresh") == read_weights(tmp_path / "used")
 
 
@@ -414,7 +426,9 @@ def test_anything_else_is_trained_anew(tmp_path, capsys, tokens, change):
     if change == "recipe":
         recipe = recipe.model_copy(update={"learning_rate": 0.02})
     elif change == "pairs":
-        planted = replace(planted, pairs=planted.pairs[1:])
+        first, *others = planted.pairs
+        turned = replace(first, chosen=first.rejected, rejected=first.chosen)
+        planted = replace(planted, pairs=[turned, *others])
     elif change == "model":
         identity = BaseModelIdentity(name="tiny", fingerprint="fedcba9876543210")
     elif change == "features":
@@ -445,10 +459,74 @@ def test_training_stops_when_validation_stops_improving(tmp_path):
     planted, recipe = make_noise()
     result = fit(tmp_path, planted, recipe)
     assert result.epochs == result.best_epoch + 3 < 60
-    history = load_head(tmp_path / "head").metadata.training["history"]
+    history = read_history(tmp_path)
     losses = [epoch["validation_loss"] for epoch in history]
     assert min(losses[1:]) == losses[result.best_epoch] == result.validation_loss
     assert history[-1]["train_loss"] < history[1]["train_loss"]
+
+
+def test_the_head_is_that_of_the_best_epoch(tmp_path):
+    planted, recipe = make_noise()
+    result = fit(tmp_path / "whole", planted, recipe)
+    assert result.best_epoch < result.epochs
+    fit(tmp_path / "best", planted, recipe.model_copy(update={"max_epochs": result.best_epoch}))
+    assert read_weights(tmp_path / "whole") == read_weights(tmp_path / "best")
+
+
+def test_an_untrained_head_is_never_the_best(tmp_path, tokens):
+    """Validation prefers the opposite of training, so that every epoch is worse than none."""
+    held_out = set(split_pairs(tokens.pairs, 0.2, seed=0)[1])
+    pairs = [
+        replace(pair, chosen=pair.rejected, rejected=pair.chosen) if index in held_out else pair
+        for index, pair in enumerate(tokens.pairs)
+    ]
+    result = fit(tmp_path, replace(tokens, pairs=pairs), make_recipe(patience=2))
+    assert (result.best_epoch, result.epochs) == (1, 3)
+    assert result.untrained_loss < result.validation_loss
+
+
+def test_the_training_loss_is_a_mean_over_pairs(tmp_path, tokens):
+    fit(tmp_path, tokens, make_recipe(max_epochs=1, batch_size=10, learning_rate=1e-9))
+    assert read_history(tmp_path)[1]["train_loss"] == pytest.approx(math.log(2), abs=0.02)
+
+
+def test_weights_decay(tmp_path, tokens):
+    sizes = []
+    for decay in (0.0, 30.0):
+        fit(tmp_path / str(decay), tokens, make_recipe(weight_decay=decay))
+        network = load_head(tmp_path / str(decay) / "head").network
+        sizes.append(sum(weights.square().sum().item() for weights in network.parameters()))
+    assert sizes[1] < 0.5 * sizes[0]
+
+
+def test_cross_entropy_drops_at_random_in_training_and_in_expectation_in_validation(
+    tmp_path, monkeypatch, tokens
+):
+    calls = []
+    original = train.weigh_positions
+
+    def weigh_positions(right, generator):
+        calls.append(generator)
+        return original(right, generator)
+
+    monkeypatch.setattr(train, "weigh_positions", weigh_positions)
+    result = fit(tmp_path, tokens, make_recipe(loss="cross_entropy", max_epochs=1))
+    assert [generator is None for generator in calls] == [True, False, False, True]
+    network = load_head(tmp_path / "head").network
+    total, weights = 0.0, 0.0
+    for index in split_pairs(tokens.pairs, 0.2, seed=0)[1]:
+        side = tokens.pairs[index].chosen
+        first = tokens.features.starts[side.key][0]
+        for row in range(first + side.start, first + side.stop):
+            hidden, token = tokens.features.hidden[row], tokens.features.token_ids[row]
+            p = network(hidden.unsqueeze(0)).softmax(1)[0].tolist()
+            soft = math.fsum(a * b for a, b in zip(p, TEMPERATURES, strict=True))
+            logits = tokens.unembedding @ hidden.float()
+            weight = 0.4 if logits.argmax() == token else 1.0
+            weights += weight
+            loss = -(logits / soft).log_softmax(0)[token].item()
+            total += weight * logits.softmax(0)[token].item() * loss
+    assert result.validation_loss == pytest.approx(total / weights, rel=1e-4)
 
 
 def test_training_lasts_max_epochs_at_most(tmp_path, tokens):
@@ -481,7 +559,7 @@ def test_every_epoch_is_in_the_logs_once(tmp_path, monkeypatch, tokens):
             fit(tmp_path, tokens, recipe)
     fit(tmp_path, tokens, recipe)
     logs = read_logs(tmp_path)
-    history = load_head(tmp_path / "head").metadata.training["history"]
+    history = read_history(tmp_path)
     for tag, name in {
         "loss/training": "train_loss",
         "loss/validation": "validation_loss",
@@ -500,7 +578,7 @@ def test_the_mean_distribution_of_an_untrained_head_has_the_entropy_of_a_uniform
     tmp_path, tokens
 ):
     fit(tmp_path, tokens, make_recipe(max_epochs=1))
-    untrained = load_head(tmp_path / "head").metadata.training["history"][0]
+    untrained = read_history(tmp_path)[0]
     assert untrained["entropy_of_mean"] == pytest.approx(math.log(3), abs=1e-3)
 
 

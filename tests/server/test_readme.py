@@ -23,7 +23,7 @@ def find_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-SERVE, CURL, TEST, OWN_MODEL, STOCK, BENCHMARKS = find_blocks("bash")
+SERVE, CURL, TEST, OWN_MODEL, TRAIN, STOCK, BENCHMARKS = find_blocks("bash")
 
 
 def redirect(text: str, server) -> str:
@@ -73,6 +73,16 @@ def test_a_head_for_ones_own_model(model, tmp_path):
     arguments = serve.replace("heads/mine", str(tmp_path / "heads" / "mine"))
     args = prepare_args(*make_parser().parse_known_args(shlex.split(arguments)[1:]))
     assert read_settings(args.additional_config).resolved_default_head == "mine"
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/training.md", "docs/results.md"])
+def test_every_experiment_that_a_document_runs_is_there(document):
+    """`tests/lpo/test_quick.py` runs each of them."""
+    text = (ROOT / document).read_text()
+    commands = re.findall(r"^adaptive-head run (\S+)( --quick)?$", text, re.MULTILINE)
+    assert commands
+    assert TRAIN.strip() == "adaptive-head run experiments/voting.yaml --quick"
+    assert all((ROOT / path).is_file() for path, _ in commands)
 
 
 def test_the_options_for_vllms_own_command_line():
