@@ -46,7 +46,13 @@ class Engine(Protocol):
     """Something that answers requests, several at once."""
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[Generation]:
-        """Generations as they finish, in any order. Takes requests only as it has room."""
+        """Generations as they finish, in any order. Takes requests only as it has room.
+
+        `requests` may end for the moment, and go on when it is asked again while others run.
+
+        Raises:
+            ValueError: vLLM refuses a request; names it.
+        """
         ...
 
     def close(self) -> None:
@@ -105,12 +111,8 @@ class LocalEngine:
         try:
             while True:
                 for request in islice(waiting, self._max_num_seqs - len(running)):
+                    self._add(request)
                     running[request.id] = request
-                    self._engine.add_request(
-                        request.id,
-                        {"prompt_token_ids": list(request.prompt_token_ids)},
-                        make_sampling_params(request, self._heads),
-                    )
                 if not running:
                     return
                 for output in self._engine.step():
@@ -119,6 +121,16 @@ class LocalEngine:
         finally:
             if running:
                 self._engine.abort_request(list(running))
+
+    def _add(self, request: GenerationRequest) -> None:
+        from vllm.exceptions import VLLMClientError
+
+        prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
+        params = make_sampling_params(request, self._heads)
+        try:
+            self._engine.add_request(request.id, prompt, params)
+        except VLLMClientError as error:
+            raise ValueError(f"request {request.id}: {error}") from error
 
     def close(self) -> None:
         """See `Engine`."""

@@ -240,7 +240,9 @@ class TestRunning:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_a_refused_request_is_named_and_leaves_the_engine_usable(self, results, backend):
-        _, message = results(backend)["refused"]
+        kind, message = results(backend)["refused"]
+        assert kind == "ValueError"
+        assert "request long: " in message
         assert "maximum context length is 256" in message
         assert len(results(backend)["after"]) == 3
 
