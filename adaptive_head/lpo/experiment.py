@@ -220,8 +220,8 @@ class Experiment(_Strict):
         tasks = {
             name: task.model_copy(
                 update={
-                    "prompts": task.prompts.model_copy(update={"num_train": 6, "num_test": 4}),
-                    "max_tokens": min(task.max_tokens, 24),
+                    "prompts": task.prompts.model_copy(update={"num_train": 10, "num_test": 4}),
+                    "max_tokens": min(task.max_tokens, 40),
                 }
             )
             for name, task in self.tasks.items()

@@ -172,7 +172,7 @@ def _finish_curves(panel: Axes, head: str, unit: str) -> None:
     panel.set_xlabel(unit)
     panel.set_ylabel("temperature")
     _, top = panel.get_ylim()
-    panel.set_ylim(-0.02 * top, top)
+    panel.set_ylim(-0.02 * top, 1.04 * top)
     # Beside the panel, where it can hide no line.
     panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
 

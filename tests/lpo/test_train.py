@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from adaptive_head.checkpoint import BaseModelIdentity, load_head
+from adaptive_head.head import AdaptiveHead
 from adaptive_head.lpo import train
 from adaptive_head.lpo.experiment import HeadRecipe
 from adaptive_head.lpo.feature_file import Features
@@ -237,7 +238,14 @@ def test_the_head_says_how_it_was_made(tmp_path, tokens):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"length_normalised": True}, {"beta": 3.0}, {"mean_penalty": 5.0, "loss": "nll"}],
+    [
+        {},
+        {"length_normalised": True},
+        {"beta": 3.0},
+        {"mean_penalty": 5.0, "loss": "nll"},
+        {"loss": "eq9"},
+        {"loss": "centred"},
+    ],
     ids=str,
 )
 def test_the_result_is_what_the_saved_head_does_on_validation(tmp_path, tokens, changes):
@@ -255,7 +263,12 @@ def test_the_result_is_what_the_saved_head_does_on_validation(tmp_path, tokens, 
             first = planted.features.starts[side.key][0]
             rows = torch.arange(first + side.start, first + side.stop)
             log_p = network(planted.features.hidden[rows]).log_softmax(1)
-            score = math.fsum(log_p[torch.arange(len(rows)), planted.features.choices[rows]])
+            terms = log_p[torch.arange(len(rows)), planted.features.choices[rows]]
+            if recipe.loss == "eq9":
+                terms = terms + math.log(3)
+            elif recipe.loss == "centred":
+                terms = terms - log_p.mean(1)
+            score = math.fsum(terms)
             scores.append(score / len(rows) if recipe.length_normalised else score)
             all_rows.append(log_p)
         margin = scores[0] - scores[1]
@@ -488,6 +501,14 @@ def test_an_untrained_head_is_never_the_best(tmp_path, tokens):
 def test_the_training_loss_is_a_mean_over_pairs(tmp_path, tokens):
     fit(tmp_path, tokens, make_recipe(max_epochs=1, batch_size=10, learning_rate=1e-9))
     assert read_history(tmp_path)[1]["train_loss"] == pytest.approx(math.log(2), abs=0.02)
+
+
+def test_training_starts_from_the_head_of_the_seed(tmp_path, tokens):
+    recipe = make_recipe(seed=7, max_epochs=1, learning_rate=1e-9)
+    fit(tmp_path, tokens, recipe)
+    network = load_head(tmp_path / "head").network
+    for name, weights in AdaptiveHead(network.config, seed=7).state_dict().items():
+        assert torch.allclose(network.state_dict()[name], weights, atol=1e-6)
 
 
 def test_weights_decay(tmp_path, tokens):
