@@ -14,10 +14,14 @@ from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.heads import SHIPPED_HEADS
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
-from adaptive_head.vllm.settings import CONFIG_KEY, AdaptiveSettings, check_head_name
+from adaptive_head.vllm.settings import (
+    CONFIG_KEY,
+    CPU_KV_CACHE_BYTES,
+    AdaptiveSettings,
+    check_head_name,
+)
 
 PLUGIN = "adaptive"
-CPU_KV_CACHE_BYTES = 2 << 30
 # All of vLLM's groups but the one for endpoints, which only load when they are named.
 PLUGIN_GROUPS = (
     "vllm.general_plugins",

@@ -148,9 +148,17 @@ def engine_arguments(
     model: Path | str, config: EngineConfig, heads: Mapping[str, Path]
 ) -> dict[str, Any]:
     """vLLM's engine arguments for our sampler; `config.options` have the last word."""
-    from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
+    from vllm.platforms import current_platform
 
+    from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
+    from adaptive_head.vllm.settings import CPU_KV_CACHE_BYTES
+
+    on_cpu = {}
+    if current_platform.is_cpu():
+        # vLLM's own default takes nearly all memory, and compiling takes minutes on a few cores.
+        on_cpu = {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
     return {
+        **on_cpu,
         "model": str(model),
         "dtype": config.dtype,
         "max_num_seqs": config.max_num_seqs,

@@ -12,7 +12,7 @@ from adaptive_head.lpo.records import Prompt
 from adaptive_head.lpo.tasks import encode_prompt
 from adaptive_head.options import AdaptiveRequest
 
-ENGINE = EngineConfig(max_num_seqs=1, options={"enforce_eager": True})
+ENGINE = EngineConfig(max_num_seqs=1)
 
 
 def answer_prompt(

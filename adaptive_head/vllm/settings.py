@@ -10,6 +10,7 @@ from adaptive_head.options import PolicyName
 
 # The key in vLLM's `--additional-config`, a JSON object that reaches every process.
 CONFIG_KEY = "adaptive"
+CPU_KV_CACHE_BYTES = 2 << 30
 
 
 class AdaptiveSettings(BaseModel):
