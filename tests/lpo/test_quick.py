@@ -88,4 +88,4 @@ def test_inspect_shows_an_answer_and_writes_the_page(tmp_path: Path) -> None:
     assert "8 tokens" in result.stdout
     page = (tmp_path / "answer.html").read_text()
     assert "lighthouse" in page
-    assert "http" not in page.replace("http://www.w3.org/", "")
+    assert "://" not in page
