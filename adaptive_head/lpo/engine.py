@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from adaptive_head.checkpoint import read_metadata
 from adaptive_head.lpo.experiment import EngineConfig
-from adaptive_head.lpo.records import FinishReason
+from adaptive_head.lpo.records import FinishReason, Prompt, Response
 from adaptive_head.options import AdaptiveRequest, Head, resolve_options
 from adaptive_head.selector import MICRO
 
@@ -200,4 +200,21 @@ def read_generation(output: Any, request: GenerationRequest) -> Generation:
         temperatures = (request.temperature,) * len(token_ids)
     return Generation(
         request.id, token_ids, temperatures, completion.text, completion.finish_reason or "abort"
+    )
+
+
+def record_response(
+    prompt: Prompt, sample: int, request: GenerationRequest, generation: Generation
+) -> Response:
+    """What came of a request, as the prompt's response of that number, without scores yet."""
+    return Response(
+        prompt_id=prompt.id,
+        task=prompt.task,
+        sample=sample,
+        seed=request.seed,
+        prompt_token_ids=request.prompt_token_ids,
+        token_ids=generation.token_ids,
+        temperatures=generation.temperatures,
+        text=generation.text,
+        finish_reason=generation.finish_reason,
     )

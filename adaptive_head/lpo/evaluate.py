@@ -21,7 +21,7 @@ from adaptive_head.lpo.arms import (
 )
 from adaptive_head.lpo.choices import describe_choices
 from adaptive_head.lpo.comparison import Rewards, summarise_arm
-from adaptive_head.lpo.engine import Engine, Generation, GenerationRequest
+from adaptive_head.lpo.engine import Engine, Generation, GenerationRequest, record_response
 from adaptive_head.lpo.experiment import EngineConfig, Experiment
 from adaptive_head.lpo.plots import draw_plots
 from adaptive_head.lpo.progress import TokenProgress
@@ -205,16 +205,6 @@ class Examiner:
         )
 
     def _score(self, job: Job, generation: Generation) -> Response:
-        response = Response(
-            prompt_id=job.prompt.id,
-            task=job.prompt.task,
-            sample=job.sample,
-            seed=job.request.seed,
-            prompt_token_ids=job.request.prompt_token_ids,
-            token_ids=generation.token_ids,
-            temperatures=generation.temperatures,
-            text=generation.text,
-            finish_reason=generation.finish_reason,
-        )
+        response = record_response(job.prompt, job.sample, job.request, generation)
         (scored,) = score_responses(self.rewards[job.prompt.task], [job.prompt], [response])
         return scored

@@ -6,7 +6,7 @@ from pathlib import Path
 from adaptive_head.checkpoint import save_head
 from adaptive_head.head import AdaptiveHead, HeadConfig
 from adaptive_head.language_model import LanguageModel
-from adaptive_head.lpo.engine import Engine, GenerationRequest, open_engine
+from adaptive_head.lpo.engine import Engine, GenerationRequest, open_engine, record_response
 from adaptive_head.lpo.experiment import Experiment, derive_seed, digest
 from adaptive_head.lpo.progress import TokenProgress
 from adaptive_head.lpo.records import Prompt, Response
@@ -107,17 +107,7 @@ def sample(
     with TokenProgress("rollouts", len(by_id)) as progress:
         for generation in engine.generate(iter(requests)):
             request, prompt, number = by_id[generation.id]
-            response = Response(
-                prompt_id=prompt.id,
-                task=prompt.task,
-                sample=number,
-                seed=request.seed,
-                prompt_token_ids=request.prompt_token_ids,
-                token_ids=generation.token_ids,
-                temperatures=generation.temperatures,
-                text=generation.text,
-                finish_reason=generation.finish_reason,
-            )
+            response = record_response(prompt, number, request, generation)
             (scored,) = score_responses(rewards[prompt.task], [prompt], [response])
             writer.write(scored)
             progress.advance(len(generation.token_ids))
