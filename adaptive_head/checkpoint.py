@@ -1,6 +1,7 @@
 """A head on disk: a folder with `head.safetensors` and `head.json`. Never pickle."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Final, Literal
 
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from safetensors.torch import load_file, save_file
 
 from adaptive_head.head import AdaptiveHead, HeadConfig, check_temperatures
@@ -21,6 +22,9 @@ from adaptive_head.options import Level
 FORMAT_VERSION: Final = 1
 METADATA_FILE = "head.json"
 WEIGHTS_FILE = "head.safetensors"
+
+
+_SHARES = TypeAdapter(dict[str, Annotated[float, Field(ge=0.0, le=1.0)]])
 
 
 class HeadError(ValueError):
@@ -63,6 +67,19 @@ class HeadMetadata(BaseModel):
     def config(self) -> HeadConfig:
         """The shape of the head's network."""
         return HeadConfig(self.hidden_size, self.temperatures, self.layer_sizes)
+
+    @property
+    def training_shares(self) -> tuple[float, ...] | None:
+        """How often each of `temperatures` was the likeliest in training; they add up to 1.
+
+        None where `training`, which is free in form, does not say so.
+        """
+        try:
+            found = _SHARES.validate_python((self.training or {}).get("temperature_shares"))
+            shares = tuple(found[str(temperature)] for temperature in self.temperatures)
+        except (ValidationError, KeyError):
+            return None
+        return shares if math.isclose(sum(shares), 1.0, abs_tol=1e-3) else None
 
 
 class LoadedHead(BaseModel):

@@ -16,7 +16,9 @@ ADAPTER = "poems"
 TEMPERATURES = (0.0, 0.3, 0.7, 1.0)
 
 
-def describe_head(level="token", temperatures=TEMPERATURES, trained=False) -> HeadMetadata:
+def describe_head(
+    level="token", temperatures=TEMPERATURES, trained=False, training=None
+) -> HeadMetadata:
     return HeadMetadata(
         temperatures=temperatures,
         level=level,
@@ -24,6 +26,7 @@ def describe_head(level="token", temperatures=TEMPERATURES, trained=False) -> He
         layer_sizes=(4,),
         base_model=BaseModelIdentity(name="base"),
         trained=trained,
+        training=training,
         created="2026-01-01T00:00:00+00:00",
         packages={},
     )
