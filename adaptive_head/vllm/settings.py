@@ -23,6 +23,8 @@ class AdaptiveSettings(BaseModel):
             which a head cannot answer: beam search, and LoRA adapters.
         verify_base: whether a head must have been made for exactly the served weights. Off for
             a quantised copy of the head's base model.
+        request_log: a file, or "-" for the standard output, that gets a line of JSON for every
+            request; null for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,6 +33,7 @@ class AdaptiveSettings(BaseModel):
     default_head: str | None = None
     adaptive_by_default: bool = False
     verify_base: bool = True
+    request_log: str | None = None
 
     @property
     def resolved_default_head(self) -> str | None:

@@ -105,6 +105,7 @@ def test_the_entry_point_has_the_name_that_adaptive_serve_enables():
 def app() -> FastAPI:
     """vLLM's core routes with our plugin's over them, as `build_app` puts them together."""
     app = FastAPI()
+    app.state.args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     for module in (chat, completion, models, responses):
         module.attach_router(app)
     with pytest.MonkeyPatch.context() as patch:
@@ -173,6 +174,7 @@ def test_plugins_load_only_where_vllm_plugins_names_them():
         patch.delenv("VLLM_PLUGINS", raising=False)
         assert envs.VLLM_PLUGINS is None
         app = FastAPI()
+        app.state.args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
         chat.attach_router(app)
         attach_endpoint_plugins(app, ("generate",))
         (route,) = routes_of(app, CHAT_PATH, "POST")

@@ -15,7 +15,14 @@ from server.protocol import AdaptiveResponsesRequest
 from server.routes import CHAT_PATH, COMPLETION_PATH, HEADS_PATH, MODELS_PATH, RESPONSES_PATH
 from tests.server.fakes import describe_head, feed, make_report, make_state
 
-ARGS = Namespace(host=None, port=8123, uds=None, ssl_certfile=None)
+ARGS = Namespace(
+    host=None,
+    port=8123,
+    uds=None,
+    ssl_certfile=None,
+    otlp_traces_endpoint=None,
+    additional_config={},
+)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +79,7 @@ def test_the_announcement_says_that_policies_work_without_heads(announced):
 
 def test_the_routes_are_those_of_vllm_and_the_list_of_heads():
     app = FastAPI()
+    app.state.args = ARGS
     known = {route.path for route in app.routes}
     AdaptiveEndpoints().attach_router(app)
     added = {path for path in app.openapi()["paths"]} - known
