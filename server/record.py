@@ -22,6 +22,8 @@ logger = init_logger("vllm.adaptive")
 
 MAX_TEXT_LEN = 200
 _MAX_ERROR_BYTES = 1 << 16
+# Events of the two kinds of streams.
+_STREAM_ERRORS = (b'data: {"error"', b'event: error\ndata: {"')
 _CURRENT: ContextVar["RequestRecord | None"] = ContextVar("request_record", default=None)
 
 
@@ -136,8 +138,8 @@ def note_request(request: Any) -> None:
 
 
 def bound(text: str | None) -> str | None:
-    """A text from a client, cut to a length that fits a log line."""
-    return None if text is None else text[:MAX_TEXT_LEN]
+    """A client's text, cut to a length that fits a log line, and without lone surrogates."""
+    return None if text is None else text[:MAX_TEXT_LEN].encode(errors="replace").decode()
 
 
 class Recorder:
@@ -220,8 +222,8 @@ def watch_send(record: RequestRecord, send: Send) -> Send:
             body = message.get("body", b"")
             if record.status is not None and record.status >= 400:
                 refusal.extend(body[: _MAX_ERROR_BYTES - len(refusal)])
-            elif body.startswith(b'data: {"error"'):
-                record.error = read_error(body[len(b"data: ") :])
+            elif body.startswith(_STREAM_ERRORS):
+                record.error = read_error(body[body.index(b"{") :])
             if not message.get("more_body", False):
                 record.is_complete = True
                 record.error = record.error or read_error(bytes(refusal))
@@ -235,7 +237,9 @@ def read_error(content: bytes) -> dict[str, str | None] | None:
     if not content:
         return None
     try:
-        error = json.loads(content)["error"]
-        return {key: bound(error.get(key)) for key in ("type", "param")}
+        error = json.loads(content)
+        error = error.get("error", error)
+        kind = error["code"] if error["type"] == "error" else error["type"]
+        return {"type": bound(kind), "param": bound(error.get("param"))}
     except (ValueError, TypeError, KeyError, AttributeError):
         return {"type": None, "param": None}

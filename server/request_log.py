@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import logging.handlers
-import os
 import queue
 import sys
 import threading
@@ -88,7 +87,7 @@ def open_handler(target: str) -> logging.Handler:
     if target != STDOUT:
         return logging.handlers.WatchedFileHandler(target, encoding="utf-8")
     # Not sys.stdout: vLLM puts a prefix before every line of that.
-    return logging.StreamHandler(open(os.dup(1), "w", encoding="utf-8"))
+    return logging.StreamHandler(open(1, "w", encoding="utf-8", closefd=False))
 
 
 def check_target(target: str) -> None:

@@ -7,7 +7,7 @@ is sampled stays the caller's decision.
 """
 
 from opentelemetry import trace
-from opentelemetry.trace import Span, SpanKind, StatusCode
+from opentelemetry.trace import Span, SpanKind, StatusCode, TracerProvider
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import Scope
 
@@ -23,9 +23,9 @@ _HEADERS = frozenset(name.encode() for name in _PROPAGATOR.fields)
 class Tracer:
     """Observes requests, and makes a span of each."""
 
-    def __init__(self) -> None:
-        # vLLM sets the provider, and the exporter with it, when it starts the engine's client.
-        self._tracer = trace.get_tracer("adaptive-head-server")
+    def __init__(self, provider: TracerProvider | None = None) -> None:
+        # vLLM sets the global provider, with its exporter, when it starts the engine's client.
+        self._tracer = trace.get_tracer("adaptive-head-server", tracer_provider=provider)
         self._spans: dict[RequestRecord, Span] = {}
 
     def begin(self, record: RequestRecord, scope: Scope) -> None:

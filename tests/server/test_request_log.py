@@ -145,10 +145,17 @@ async def test_an_exception_is_a_500(serve):
     assert (line["level"], line["status"]) == ("error", 500)
 
 
-async def test_an_error_in_a_stream_is_an_error(serve):
+@pytest.mark.parametrize(
+    ("event", "kind"),
+    [
+        ('data: {"error": {"type": "InternalServerError"}}\n\n', "InternalServerError"),
+        ('event: error\ndata: {"type": "error", "code": "server_error"}\n\n', "server_error"),
+    ],
+)
+async def test_an_error_in_a_stream_is_an_error(serve, event, kind):
     async def chunks():
         yield 'data: {"id": 1}\n\n'
-        yield 'data: {"error": {"type": "InternalServerError", "message": "secret"}}\n\n'
+        yield event
         yield "data: [DONE]\n\n"
 
     async def answer(request):
@@ -156,7 +163,7 @@ async def test_an_error_in_a_stream_is_an_error(serve):
 
     (line,) = await serve(answer)
     assert (line["level"], line["status"]) == ("error", 200)
-    assert line["error"] == {"type": "InternalServerError", "param": None}
+    assert line["error"] == {"type": kind, "param": None}
 
 
 @pytest.mark.parametrize("text", ["x" * 1_000_000, "a\nb\r\x00\x1b[0m", "\ud800", "ü" * 300])
@@ -167,7 +174,7 @@ async def test_no_text_of_a_clients_breaks_a_line_or_makes_it_long(serve, text):
         return JSONResponse({"error": error}, status_code=404)
 
     (line,) = await serve(answer, headers={"X-Request-Id": "z" * 1_000_000})
-    assert line["model"] == text[:MAX_TEXT_LEN]
+    assert line["model"] == text[:MAX_TEXT_LEN].replace("\ud800", "?")
     assert line["request_id"] == "z" * MAX_TEXT_LEN
 
 
@@ -238,6 +245,13 @@ def test_a_log_that_was_moved_away_is_opened_anew(tmp_path, registry):
     log.close()
     assert json.loads((tmp_path / "old").read_text())["number"] == 0
     assert json.loads(file.read_text())["number"] == 1
+
+
+def test_the_standard_output_gets_lines_without_a_prefix(capfd, registry):
+    log = RequestLog("-", registry)
+    log.write({"number": 0})
+    log.close()
+    assert capfd.readouterr().out == '{"number":0}\n'
 
 
 def test_processes_can_share_a_file(tmp_path):
