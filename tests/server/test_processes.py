@@ -63,6 +63,7 @@ def several(model, heads, tmp_path_factory):
     settings = {"heads": {name: str(folder) for name, folder in heads.items()}}
     options = [
         "--api-server-count=2",
+        "--shutdown-timeout=60",
         f"--worker-cls={WORKER_CLS}",
         f"--scheduler-cls={SCHEDULER_CLS}",
         f"--additional-config={json.dumps({'adaptive': settings})}",
@@ -93,11 +94,22 @@ def test_several_api_processes_report_and_count_together(several):
         assert several.sum_metric("adaptive_head_info") == 2
 
 
-def test_several_api_processes_end_together(several):
-    assert_ends(several, signal.SIGTERM)
+def test_several_api_processes_end_together_when_their_answers_have(several):
+    body = {"model": MODEL, "prompt": "Once upon", "temperature": "adaptive", "ignore_eos": True}
+    body |= {"max_tokens": 60}
+    with ThreadPoolExecutor(6) as pool:
+        answers = [
+            pool.submit(several.connect().post, "/v1/completions", json=body) for _ in range(6)
+        ]
+        while several.sum_metric("vllm:num_requests_running") < 6:
+            time.sleep(0.05)
+        assert_ends(several, signal.SIGTERM)
+        for answer in answers:
+            (choice,) = answer.result().json()["choices"]
+            assert (choice["finish_reason"], choice["adaptive"]["tokens"]) == ("length", 60)
 
 
-def test_the_bare_command_serves_the_embedded_model_until_interrupted(tmp_path):
+def test_the_bare_command_serves_the_embedded_model_until_interrupted_twice(tmp_path):
     command = [str(BIN / "adaptive-serve"), "--adaptive-default", "--dtype=float32"]
     with running(command, tmp_path / "log.txt", VLLM_LOGGING_LEVEL="INFO") as server:
         server.wait_until_ready()
@@ -108,8 +120,16 @@ def test_the_bare_command_serves_the_embedded_model_until_interrupted(tmp_path):
         assert ask(server, "What is 37 + 58?") + 0.3 < ask(server, STORY)
         body |= {"stream": True, "max_tokens": 4000, "ignore_eos": True}
         with server.http.stream("POST", "/v1/completions", json=body) as stream:
-            next(stream.iter_lines())
+            lines = (line for line in stream.iter_lines() if line)
+            next(lines)
+            server.process.send_signal(signal.SIGINT)
+            # Soon after the first, a second one passes for the same.
+            time.sleep(1.5)
+            assert server.process.poll() is None
             assert_ends(server, signal.SIGINT)
+            *_, answer, done = lines
+        assert done == "data: [DONE]"
+        assert '"finish_reason":"abort"' in answer
 
 
 STORY = "Write a short story about a lighthouse."
