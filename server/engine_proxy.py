@@ -97,7 +97,11 @@ class _Reader:
                     except asyncio.CancelledError:
                         await engine.abort(request_id)
                         await asyncio.wait([step], timeout=_ABORT_TIMEOUT_S)
-                        if step.done() and step.exception() is None:
+                        if not step.done():
+                            # vLLM had not come to the engine yet.
+                            step.cancel()
+                            await asyncio.wait([step])
+                        elif step.exception() is None:
                             self._take(step.result())
                         raise
                     finally:

@@ -1,6 +1,7 @@
 """Writes temperatures into the chunks of a streamed response."""
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -77,9 +78,10 @@ async def end_with_error(events: AsyncGenerator[Any, None]) -> AsyncGenerator[An
     """
     num_events = 0
     try:
-        async for event in events:
-            num_events += 1
-            yield event
+        async with aclosing(events):
+            async for event in events:
+                num_events += 1
+                yield event
     except Exception as error:
         logger.exception("the stream of a response broke")
         yield ResponseErrorEvent(

@@ -318,7 +318,7 @@ def test_a_server_that_is_told_to_stop_lets_answers_end_and_takes_no_new_ones(si
     with ThreadPoolExecutor(4) as pool:
         body = make_body(max_tokens=40)
         short = pool.submit(stream, server, "/v1/completions", body)
-        whole = pool.submit(server.connect().post, "/v1/completions", json=body)
+        whole = pool.submit(server.post, "/v1/completions", body)
         chat = "/v1/chat/completions"
         long = pool.submit(stream, server, chat, make_body(chat, max_tokens=1900))
         stuck = connect_slowly(server, make_body(max_tokens=1900, n=8, logprobs=20))
