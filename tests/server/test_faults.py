@@ -230,9 +230,7 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(site):
     before = server.sum_metric(COUNT)
     body = make_body(max_tokens=60, n=4, logprobs=20, adaptive={"report": "tokens"})
     with connect_slowly(server, body) as connection:
-        while server.sum_metric("vllm:generation_tokens_total") == 0 or not server.sum_metric(
-            RUNNING
-        ):
+        while not server.sum_metric(RUNNING):
             time.sleep(0.05)
         wait_until_idle(server)
         assert server.post("/v1/completions", make_body()).is_success
@@ -280,13 +278,12 @@ def test_a_crowd_that_comes_and_goes_leaves_nothing_behind_and_is_counted_right(
     assert results.keys() == {"200", "left"}, results
     assert results["200"] > 50 and results["left"] > 10
     wait_until_idle(server)
-    deadline = time.monotonic() + 30
-    while len(lines := read_lines(site)[num_lines:]) < 200:
-        # Who left before the request was read has no line.
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.1)
-    assert sum(line["status"] == 200 and not line["aborted"] for line in lines) == results["200"]
+    time.sleep(1)
+    lines = read_lines(site)[num_lines:]
+    # Some left when their answer was on its way, and some before they were heard at all.
+    complete = [line for line in lines if line["status"] == 200 and not line["aborted"]]
+    assert results["200"] <= len(complete) <= len(lines) <= 200
+    assert any(line["aborted"] for line in lines)
     tokens = sum(line["completion_tokens"] for line in lines if "adaptive" in line)
     assert server.sum_metric(COUNT) - before == tokens
     assert server.sum_metric("adaptive_request_log_lost_total") == 0
@@ -341,9 +338,8 @@ def test_a_server_that_is_told_to_stop_lets_answers_end_and_takes_no_new_ones(si
         stuck.close()
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
-    *_, last = read_lines(site)
-    assert {line["status"] for line in read_lines(site)[-5:]} == {200, 503}
-    assert site.log.read_text().endswith("\n") and last
+    assert "Cancel 1 running task" in server.log.read_text(), "the reader was not stuck"
+    assert sorted(line["status"] for line in read_lines(site)[-5:]) == [200] * 4 + [503]
 
 
 def stream(server, path: str, body: dict) -> list[str]:
