@@ -9,7 +9,6 @@ finds in the application's state; ours stands there, and does first what is miss
 import asyncio
 import json
 import signal
-import threading
 import time
 from typing import Any
 
@@ -58,7 +57,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_post = scope["type"] == "http" and scope["method"] == "POST"
-        if self._drain.is_on and (is_post or find_probe(scope)):
+        if self._drain.is_on and (is_post or is_probe(scope)):
             return await refuse(send)
         if not is_post:
             return await self._app(scope, receive, send)
@@ -69,7 +68,7 @@ class Gate:
             self._drain.num_running -= 1
 
 
-def find_probe(scope: Scope) -> bool:
+def is_probe(scope: Scope) -> bool:
     """Whether a request asks for the server's health."""
     return scope["type"] == "http" and find_path(scope) in PROBES
 
@@ -98,7 +97,7 @@ class DrainingClient:
         self._engine_client: Any = engine_client
         self._drain = drain
         self._loop = asyncio.get_running_loop()
-        self._is_hurried = threading.Event()
+        self._is_hurried = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine_client, name)
@@ -117,17 +116,17 @@ class DrainingClient:
         if self._drain.num_running and not self._engine_client.errored:
             logger.warning("aborting %d requests that still run", self._drain.num_running)
             asyncio.run_coroutine_threadsafe(self._abort_all(), self._loop)
-            if self._is_hurried.is_set():
-                time.sleep(_POLL_S)
             self._wait_until(time.monotonic() + _SETTLE_S)
-        if self._is_hurried.is_set():
+        if self._is_hurried:
             end = 0.0
         # The engine has nothing to do now, and ends as soon as it has given its memory back.
         self._engine_client.shutdown(timeout=max(end - time.monotonic(), MIN_TEARDOWN_S))
 
     def _wait_until(self, deadline: float) -> None:
+        was_hurried = self._is_hurried
         while self._drain.num_running and time.monotonic() < deadline:
-            if self._engine_client.errored or self._is_hurried.wait(_POLL_S):
+            time.sleep(_POLL_S)
+            if self._engine_client.errored or self._is_hurried != was_hurried:
                 return
 
     async def _abort_all(self) -> None:
@@ -140,7 +139,7 @@ class DrainingClient:
 
         def hurry() -> None:
             if time.monotonic() - started > _ONE_SIGNAL_S:
-                self._is_hurried.set()
+                self._is_hurried = True
 
         for number in (signal.SIGINT, signal.SIGTERM):
             self._loop.add_signal_handler(number, hurry)
@@ -148,9 +147,7 @@ class DrainingClient:
 
 def bound_closing(state: State) -> None:
     """Have uvicorn wait for open connections a short time only, once everything was said."""
-    server = getattr(state, "server", None)
-    if server is not None:
-        server.config.timeout_graceful_shutdown = _CLOSE_CONNECTIONS_S
+    state.server.config.timeout_graceful_shutdown = _CLOSE_CONNECTIONS_S
 
 
 def note_end(state: State, drain: Drain) -> None:
