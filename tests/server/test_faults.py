@@ -318,7 +318,8 @@ def test_a_server_that_is_told_to_stop_lets_answers_end_and_takes_no_new_ones(si
         whole = pool.submit(server.post, "/v1/completions", body)
         chat = "/v1/chat/completions"
         long = pool.submit(stream, server, chat, make_body(chat, max_tokens=1900))
-        stuck = connect_slowly(server, make_body(max_tokens=1900, n=8, logprobs=20))
+        # How a reader whose buffers are full is left: test_shutdown.py.
+        slow = connect_slowly(server, make_body(max_tokens=1900, n=8, logprobs=20))
         while server.sum_metric(RUNNING) < 11:
             time.sleep(0.05)
         start = time.monotonic()
@@ -335,10 +336,9 @@ def test_a_server_that_is_told_to_stop_lets_answers_end_and_takes_no_new_ones(si
         assert time.monotonic() - start < GRACE_S + 8
         assert long.result()[-1] == "data: [DONE]"
         assert '"finish_reason":"abort"' in long.result()[-2]
-        stuck.close()
+        slow.close()
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
-    assert "Cancel 1 running task" in server.log.read_text(), "the reader was not stuck"
     assert sorted(line["status"] for line in read_lines(site)[-5:]) == [200] * 4 + [503]
 
 
