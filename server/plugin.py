@@ -23,6 +23,7 @@ from server.handlers import (
     AdaptiveServingResponses,
 )
 from server.metrics import AdaptiveMetrics
+from server.playground import make_router as make_playground_router
 from server.routes import make_router
 
 # A custom vLLM logger name must start with "vllm" for its configuration to apply.
@@ -46,6 +47,7 @@ class AdaptiveEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Register the routes; vLLM lets them replace its own of the same path."""
         app.include_router(make_router())
+        app.include_router(make_playground_router())
         app.router.lifespan_context = announce_after(app.router.lifespan_context)
 
     async def init_state(self, engine_client: EngineClient, state: State, args: Namespace) -> None:
