@@ -50,7 +50,7 @@ export class Chart {
     }
     this.#length = tokens.length;
     if (!this.#length) return;
-    const width = this.#width;
+    const { width } = this;
     this.#svg.setAttribute("viewBox", `0 0 ${width} ${top}`);
     this.#flipped.setAttribute("transform", `matrix(1 0 0 -1 0 ${top})`);
     this.#gradient.setAttribute("y2", top);
@@ -68,18 +68,19 @@ export class Chart {
   /** The position under a place of the window; null where there is none. */
   find(x) {
     const { left, width } = this.#root.getBoundingClientRect();
-    const position = Math.floor(((x - left) / width) * this.#width);
+    const position = Math.floor(((x - left) / width) * this.width);
     return position >= 0 && position < this.#length ? position : null;
   }
 
   /** Where a position is in the window: a rectangle as wide as its bar. */
   locate(position) {
     const { left, top, width, height } = this.#root.getBoundingClientRect();
-    const bar = width / this.#width;
+    const bar = width / this.width;
     return new DOMRect(left + position * bar, top, bar, height);
   }
 
-  get #width() {
+  /** How many tokens it has room for. */
+  get width() {
     return Math.max(this.#length, MIN_WIDTH);
   }
 }

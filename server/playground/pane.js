@@ -82,6 +82,13 @@ export class Pane {
     return `${tokens}, mean temperature ${average}, from ${low} to ${high}`;
   }
 
+  /** Draw again with the next frame. */
+  refresh() {
+    if (this.#isDrawing) return;
+    this.#isDrawing = true;
+    requestAnimationFrame(() => this.#draw());
+  }
+
   /** Point at no token. */
   release() {
     this.#point(null);
@@ -105,9 +112,7 @@ export class Pane {
     const now = performance.now();
     this.#times = [this.#times[0] ?? { now, count: this.#tokens.list.length }, { now }];
     this.#setState("answering");
-    if (this.#isDrawing) return;
-    this.#isDrawing = true;
-    requestAnimationFrame(() => this.#draw());
+    this.refresh();
   }
 
   #draw() {
@@ -120,7 +125,7 @@ export class Pane {
     this.#text.append(...spans);
     this.#chart.update(list, summary.mean, this.#scale.top);
     this.#find("top").textContent = shorten(this.#scale.top, 2);
-    this.#find("last").textContent = list.length;
+    this.#find("last").textContent = this.#chart.width;
     this.#find("measures").hidden = !list.length;
     this.#showFacts(summary);
     this.#showHistogram();
@@ -242,13 +247,12 @@ export class Pane {
 }
 
 function makeSpan(token) {
-  const lines = reveal(token.text).split("\n");
+  const lines = token.isEnd ? [""] : reveal(token.text).split("\n");
   const span = make("span", {}, lines.shift());
   for (const line of lines) span.append(make("i", { className: "break" }), "\n", line);
   span.dataset.position = token.position;
   if (token.isEnd) span.className = "end";
   else if (!token.text) span.className = "part";
-  if (token.isEnd) span.replaceChildren();
   if (token.temperature !== null) span.dataset.temperature = shorten(token.temperature);
   setTemperature(span, token.temperature);
   return span;

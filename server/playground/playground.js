@@ -16,6 +16,7 @@ const card = new Card(find("card"));
 const page = { card, scale, speak: (text) => (find("spoken").textContent = text) };
 const panes = { adaptive: makePane(page), fixed: makePane(page) };
 let running = null;
+scale.onRaise = () => Object.values(panes).forEach((pane) => pane.refresh());
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
@@ -52,6 +53,7 @@ async function load() {
   try {
     await settings.load(find("key").value, location.hash.slice(1));
     showNotice("");
+    find("key").removeAttribute("aria-invalid");
   } catch (error) {
     const isRefused = error.status === 401;
     const hint = isRefused ? " This server wants an API key: give it under Settings." : "";
@@ -90,7 +92,7 @@ async function run(signal) {
   const fixed = bodies.fixed?.temperature ?? null;
   const titles = { adaptive: `Adaptive · ${settings.chooserName}`, fixed: `Fixed · ${fixed}` };
   scale.begin(settings.temperatures, fixed);
-  settings.mark(null);
+  settings.unmark();
   showNotice("");
   panes.fixed.root.hidden = bodies.fixed === null;
   find("answers").hidden = false;
@@ -103,7 +105,7 @@ async function run(signal) {
       const ending = await pane.run(request, titles[name], name === "fixed" ? fixed : null);
       return `${titles[name]}: ${ending}, ${pane.describe()}.`;
     } catch (error) {
-      settings.mark(error.param ?? null);
+      settings.mark(error.param);
       return `${titles[name]}: failed.`;
     }
   });

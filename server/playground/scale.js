@@ -7,7 +7,8 @@ const NUM_STEPS = 5;
 export class Scale {
   #legend;
   #choices = [];
-  top = 1;
+  top = 0;
+  onRaise = () => {};
 
   constructor(legend) {
     this.#legend = legend;
@@ -34,6 +35,7 @@ export class Scale {
     const steps = Array.from({ length: NUM_STEPS + 1 }, (_, step) => (step * this.top) / NUM_STEPS);
     const values = this.#choices.length ? this.#choices : steps;
     this.#legend.replaceChildren(...values.map(makeSwatch));
+    this.onRaise();
   }
 }
 

@@ -90,12 +90,13 @@ export class Settings {
     this.#showFieldsOfChooser();
   }
 
-  /** Mark the field that an error names; none for null. */
+  /** Mark the field that an error names, if there is one. */
   mark(name) {
-    for (const field of this.#form.elements) {
-      if (name !== null && field.name === name) field.setAttribute("aria-invalid", "true");
-      else field.removeAttribute("aria-invalid");
-    }
+    this.#fields.find((field) => field.name === name)?.setAttribute("aria-invalid", "true");
+  }
+
+  unmark() {
+    for (const field of this.#fields) field.removeAttribute("aria-invalid");
   }
 
   get #fields() {

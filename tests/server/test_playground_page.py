@@ -163,6 +163,8 @@ def test_a_temperature_above_the_scale_widens_it(page, server):
     page.run()
     labels = [item.text for item in page.find_all("#legend li")]
     assert labels == ["0", "0.4", "0.8", "1.2", "1.6", "2"]
+    # The chart beside it has the same scale.
+    page.wait(lambda: [page.read_part(pane, "top") for pane in page.panes] == ["2", "2"])
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -441,7 +443,13 @@ def test_the_command_sends_the_very_bytes(page, server):
     page.wait(lambda: page.find_all("[name=model] option"))
     page.fill(prompt=NASTY, compare=None)
     page.run()
-    command = page.read_part(page.panes[0], "command")
+    permissions = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    page.browser.execute_cdp_cmd("Browser.grantPermissions", permissions)
+    page.find(".pane details:last-child summary").click()
+    page.find(".copy").click()
+    page.wait(lambda: page.read(".copy") == "Copied")
+    command = page.browser.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+    assert command == page.read_part(page.panes[0], "command")
     environment = {"API_KEY": server.key, "PATH": "/usr/bin:/bin"}
     sent = subprocess.run(
         ["bash", "-c", command], env=environment, capture_output=True, text=True, check=True
