@@ -292,9 +292,9 @@ def test_events_may_arrive_in_pieces(page, server):
     async def cut(body):
         whole = "".join([event async for event in stream(make_chunks(["🦊", "\n\n", "b"], body))])
         data = whole.replace("\n\n", "\r\n\r\n").replace("\\ud83e\\udd8a", "🦊").encode()
-        for start in range(0, len(data), 7):
-            yield data[start : start + 7]
-            await asyncio.sleep(0)
+        for start in range(0, len(data), 23):
+            yield data[start : start + 23]
+            await asyncio.sleep(0.005)  # Pieces that come at once are put together again.
 
     server.script = cut
     page.open_ready()
