@@ -56,7 +56,7 @@ async function load() {
     find("key").removeAttribute("aria-invalid");
   } catch (error) {
     const isRefused = error.status === 401;
-    const hint = isRefused ? " This server wants an API key: give it under Settings." : "";
+    const hint = isRefused ? " – this server wants an API key: give it under Settings." : "";
     showNotice(error.message + hint);
     find("key").setAttribute("aria-invalid", isRefused);
     find("settings").open ||= isRefused;
