@@ -46,12 +46,12 @@ export class Pane {
    * Send a request and show its answer as it comes.
    *
    * @param request `{path, text, key, signal}`
-   * @param title what chooses the temperature
-   * @param fixed the temperature of every token, null where the server reports them
+   * @param kind `{title, chosen, fixed}`: the policy's or the head's name, and the temperature of
+   *   every token; null where the server reports them
    * @returns how it ended, in a few words
    * @throws ServerError, which is shown already
    */
-  async run(request, title, fixed) {
+  async run(request, { title, chosen, fixed }) {
     this.#clear(fixed);
     this.#find("title").textContent = title;
     this.#find("command").textContent = makeCurl(request);
@@ -67,7 +67,8 @@ export class Pane {
       throw error;
     }
     this.#draw();
-    const { list, finishReason } = this.#tokens;
+    const { list, finishReason, head } = this.#tokens;
+    if (head && head !== chosen) this.#find("title").append(` (its canary ${head})`);
     const ending = ENDINGS[finishReason] ?? finishReason ?? "finished";
     return this.#setState(list.length ? ending : "the model said nothing");
   }

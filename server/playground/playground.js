@@ -41,6 +41,8 @@ addEventListener("keydown", (event) => {
   for (const pane of Object.values(panes)) pane.release();
   stop();
 });
+// Heads come and go while the server runs.
+addEventListener("visibilitychange", () => !document.hidden && settings.isReady && load());
 addEventListener("hashchange", () => (settings.fragment = location.hash.slice(1)));
 
 find("settings").open = matchMedia("(min-width: 60rem)").matches;
@@ -90,7 +92,11 @@ async function run(signal) {
   const values = settings.read();
   const bodies = makeBodies(values);
   const fixed = bodies.fixed?.temperature ?? null;
-  const titles = { adaptive: `Adaptive · ${settings.chooserName}`, fixed: `Fixed · ${fixed}` };
+  const chosen = settings.chooserName;
+  const kinds = {
+    adaptive: { title: `Adaptive · ${chosen}`, chosen, fixed: null },
+    fixed: { title: `Fixed · ${fixed}`, chosen: null, fixed },
+  };
   scale.begin(settings.temperatures, fixed);
   settings.unmark();
   showNotice("");
@@ -102,11 +108,11 @@ async function run(signal) {
     const text = JSON.stringify(bodies[name], null, 2);
     const request = { path: CHAT_PATH, text, key: find("key").value, signal };
     try {
-      const ending = await pane.run(request, titles[name], name === "fixed" ? fixed : null);
-      return `${titles[name]}: ${ending}, ${pane.describe()}.`;
+      const ending = await pane.run(request, kinds[name]);
+      return `${kinds[name].title}: ${ending}, ${pane.describe()}.`;
     } catch (error) {
       settings.mark(error.param);
-      return `${titles[name]}: failed.`;
+      return `${kinds[name].title}: failed.`;
     }
   });
   return (await Promise.all(endings)).join(" ");

@@ -24,7 +24,7 @@ export class Settings {
   /**
    * Ask the server for its models and heads, and fill the lists. Throws a ServerError.
    *
-   * @param fragment of the address: what to choose from them
+   * @param fragment of the address: what to choose from them the first time
    */
   async load(key, fragment) {
     const paths = ["v1/models", "v1/adaptive/heads"];
@@ -34,6 +34,9 @@ export class Settings {
     // An alias makes every request adaptive, and the fixed one must not be.
     const isAlias = (name) => name.endsWith(ALIAS) && names.includes(name.slice(0, -ALIAS.length));
     const { model, chooser } = this.#form.elements;
+    const wanted = this.isReady
+      ? new Map([model, chooser].map(({ name, value }) => [name, value]))
+      : new URLSearchParams(fragment);
     model.replaceChildren(
       ...names.filter((name) => !isAlias(name)).map((name) => new Option(name, name)),
     );
@@ -47,7 +50,6 @@ export class Settings {
       this.#heads.find(({ level }) => level === "token") ??
       this.#heads.find((head) => head.default);
     if (shown) chooser.value = `head:${shown.id}`;
-    const wanted = new URLSearchParams(fragment);
     for (const select of [model, chooser]) {
       select.dataset.initial = select.value;
       choose(select, wanted);

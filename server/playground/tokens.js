@@ -10,6 +10,8 @@ export class Tokens {
   #sum = 0;
   list = [];
   finishReason = null;
+  /** The head that answered, once the server has said it. */
+  head = null;
 
   /** @param fixed the temperature of every token, where the server reports none */
   constructor(fixed = null) {
@@ -24,6 +26,7 @@ export class Tokens {
     const temperatures = choice.adaptive?.temperatures ?? [];
     entries.forEach((entry, index) => this.#push(entry, temperatures[index] ?? this.fixed));
     this.finishReason = choice.finish_reason ?? this.finishReason;
+    this.head = choice.adaptive?.head ?? this.head;
     if (choice.finish_reason !== "stop" || !entries.length) return;
     // The token that ends an answer is no part of its text.
     const last = this.list.at(-1);

@@ -23,6 +23,7 @@ class ScriptedServer:
 
     Attributes:
         bodies: the bodies of all chats, as they were sent.
+        heads: the metadata of those that it lists, by name.
         key: what `Authorization` must bear, unless it is empty.
     """
 
@@ -30,6 +31,7 @@ class ScriptedServer:
         self.script: Script = lambda body: stream(make_chunks(["Hi"], body))
         self.bodies: list[bytes] = []
         self.key = ""
+        self.heads = HEADS
         app = FastAPI()
         app.include_router(make_router())
         app.get("/v1/models")(self._show_models)
@@ -66,7 +68,7 @@ class ScriptedServer:
     async def _show_heads(self, request: Request) -> Response:
         heads = [
             {"id": name, "default": name == "seq", **head.model_dump(mode="json")}
-            for name, head in HEADS.items()
+            for name, head in self.heads.items()
         ]
         return self._refuse(request) or JSONResponse({"data": heads})
 

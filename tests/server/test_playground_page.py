@@ -12,7 +12,7 @@ from selenium.webdriver.common.keys import Keys
 
 from server.playground import PLAYGROUND_PATH
 from tests.server.browser import RUN_KEYS, Page, open_browser
-from tests.server.fakes import MODEL
+from tests.server.fakes import HEADS, MODEL
 from tests.server.scripted import ScriptedServer, make_chunks, scripted, stream
 
 pytestmark = pytest.mark.slow
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 NASTY = (
     "<img src=x onerror=alert(1)> & </pre> 'it''s' \"$HOME\" `id` \\n \\\n!! %s\n\t日本語 🦊 \u202e"
 )
+SEE_AGAIN = "document.dispatchEvent(new Event('visibilitychange', {bubbles: true}))"
 # Letters stand on the colour itself; the gradient over it is a strip at their feet.
 PAINT_FLAT = """
 for (const span of arguments[0])
@@ -417,6 +418,33 @@ def test_a_page_without_its_server_says_so_and_recovers(page, server):
     kept = page.browser.execute_script("return location.href + JSON.stringify({...localStorage})")
     assert "not yet" not in command + kept
     assert '"Authorization: Bearer $API_KEY"' in command
+
+
+def test_the_head_that_answered_is_named(page, server):
+    def answer_by_canary(body):
+        chunks = list(make_chunks(["Hi"], body))
+        chunks[-1]["choices"][0]["adaptive"] = {"head": "canary"}
+        return stream(iter(chunks))
+
+    server.script = answer_by_canary
+    page.open_ready()
+    page.fill(compare=None)
+    page.run()
+    assert page.read_part(page.panes[0], "title") == "Adaptive · tok (its canary canary)"
+
+
+def test_lists_are_read_again_when_the_page_is_seen_again(page, server):
+    page.open_ready()
+    page.fill(chooser="head:seq", prompt="kept")
+    server.heads = {"seq": HEADS["seq"], "new": HEADS["tok"]}
+    page.browser.execute_script(SEE_AGAIN)
+    page.wait(lambda: page.find_all("option[value='head:new']"))
+    assert page.find("[name=chooser]").get_property("value") == "head:seq"
+    assert page.find("#prompt").get_property("value") == "kept"
+    server.heads = {"new": HEADS["tok"]}
+    page.browser.execute_script(SEE_AGAIN)
+    page.wait(lambda: not page.find_all("option[value='head:seq']"))
+    assert page.find("[name=chooser]").get_property("value") == "head:new"
 
 
 def test_the_address_holds_the_setup(page, server):
