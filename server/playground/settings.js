@@ -106,11 +106,10 @@ export class Settings {
   }
 
   #showFieldsOfChooser() {
-    const [kind, name] = this.#form.elements.chooser.value.split(":");
+    const isHead = this.#form.elements.chooser.value.startsWith("head:");
+    const shown = isHead ? "head" : this.chooserName;
     for (const group of this.#form.querySelectorAll("[data-for]")) {
-      const isUsed = [kind, name].includes(group.dataset.for);
-      group.hidden = !isUsed;
-      group.disabled = !isUsed;
+      group.hidden = group.disabled = group.dataset.for !== shown;
     }
     this.#form.elements.temperature.disabled = !this.#form.elements.compare.checked;
   }

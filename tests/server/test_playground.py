@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from tests.server.browser import Page, open_browser
+from tests.playground.browser import Page, open_browser
 from tests.server.conftest import MODEL, TEMPERATURES
 
 pytestmark = pytest.mark.engine

@@ -16,6 +16,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 TIMEOUT_S = 30
+RUN_KEYS = Keys.CONTROL + Keys.ENTER
 OPTIONS = (
     "--headless=new",
     "--no-sandbox",
@@ -27,7 +28,10 @@ OPTIONS = (
     "--disable-sync",
     "--window-size=1280,1000",
 )
-# Shared by the scripts that run in the page.
+# What a shell, a page and JSON each take for something else.
+NASTY = (
+    "<img src=x onerror=alert(1)> & </pre> 'it''s' \"$HOME\" `id` \\n \\\n!! %s\n\t日本語 🦊 \u202e"
+)
 READ_TOKENS = """
 return [...arguments[0].querySelectorAll('.text [data-position]')].map((span) => ({
   text: span.textContent,
@@ -143,6 +147,10 @@ class Page:
         """The text of a pane's element of this class."""
         return pane.find_element(By.CLASS_NAME, name).get_property("textContent")
 
+    def read_table(self, selector: str) -> list[list[str]]:
+        """The words of each row of the tables that are found."""
+        return [row.text.split() for row in self.find_all(f"{selector} tr")]
+
     def measure_contrasts(self, elements: list[WebElement]) -> list[float]:
         return self.browser.execute_script(MEASURE_CONTRASTS, elements)
 
@@ -166,6 +174,3 @@ class Page:
         ]
         # The browser's own first tab is made of such.
         return [url for url in urls if not url.startswith(("chrome:", "about:", "data:"))]
-
-
-RUN_KEYS = Keys.CONTROL + Keys.ENTER

@@ -15,6 +15,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from server.playground import make_router
 from tests.server.fakes import HEADS, MODEL
 
+# Everything is here too, as behind a proxy.
+PREFIX = "/behind"
 Script = Callable[[dict[str, Any]], "AsyncIterator[str | bytes] | Response"]
 
 
@@ -37,6 +39,7 @@ class ScriptedServer:
         app.get("/v1/models")(self._show_models)
         app.get("/v1/adaptive/heads")(self._show_heads)
         app.post("/v1/chat/completions")(self._chat)
+        app.mount(PREFIX, app)
         config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)
@@ -45,6 +48,10 @@ class ScriptedServer:
     def url(self) -> str:
         (listening,) = self._server.servers
         return "http://127.0.0.1:{1}".format(*listening.sockets[0].getsockname())
+
+    def answer(self, tokens: list[str | bytes], **options: Any) -> None:
+        """Answer from now on with these tokens; `options` are those of `make_chunks`."""
+        self.script = lambda body: stream(make_chunks(tokens, body, **options))
 
     def start(self) -> None:
         self._thread.start()
