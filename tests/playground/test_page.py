@@ -93,7 +93,7 @@ def test_the_address_holds_the_setup(page, server):
     assert page.find("[name=chooser]").get_property("value") == "head:tok"
 
 
-def test_a_page_without_its_server_says_so_and_recovers(page, server):
+def test_a_page_without_its_key_says_so_and_recovers(page, server):
     server.key = "not yet"
     page.open()
     page.wait(lambda: "Unauthorized" in page.read("#notice"))
