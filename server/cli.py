@@ -92,6 +92,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="append a line of JSON for every request, without its texts; - is the standard output",
     )
     parser.add_argument(
+        "--no-playground",
+        action="store_true",
+        help="leave out the page at /playground, which needs no key itself",
+    )
+    parser.add_argument(
         "--heads-dir",
         metavar="DIR",
         type=Path,
@@ -151,6 +156,7 @@ def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
         adaptive_by_default=ours.adaptive_default,
         verify_base=not ours.no_verify_base,
         request_log=ours.request_log,
+        playground=not ours.no_playground,
         heads_dir=ours.heads_dir and ours.heads_dir.expanduser().resolve(),
     )
     if settings.adaptive_by_default and not settings.heads:

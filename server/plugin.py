@@ -26,6 +26,7 @@ from server.head_control import HeadControl
 from server.head_routes import make_head_router
 from server.heads import HeadRegistry
 from server.metrics import AdaptiveMetrics
+from server.playground import PLAYGROUND_PATH, make_playground_router
 from server.record import Observer, Recorder
 from server.request_log import RequestLog
 from server.routes import CHAT_PATH, COMPLETION_PATH, RESPONSES_PATH, make_router
@@ -54,7 +55,10 @@ class AdaptiveEndpoints:
         """Register the routes; vLLM lets them replace its own of the same path."""
         app.include_router(make_router())
         app.include_router(make_head_router())
-        observers = make_observers(app.state.args)
+        args = app.state.args
+        if read_settings(args.additional_config).playground:
+            app.include_router(make_playground_router())
+        observers = make_observers(args)
         app.add_middleware(Gate, drain=DRAIN)
         if observers:
             app.add_middleware(Recorder, paths=RECORDED_PATHS, observers=observers)
@@ -184,6 +188,8 @@ def announce(state: AdaptiveState, args: Namespace) -> None:
         lines.append(f"  head    {head.name} ({head.level}{is_default}) [{temperatures}] {trained}")
     if not state.heads:
         lines.append("  heads   none; the learning-free policies work without")
+    if read_settings(args.additional_config).playground and not args.uds:
+        lines.append(f"  page    {url.removesuffix('/v1')}{PLAYGROUND_PATH}")
     if state.control is not None:
         lines.append("  control on: heads can be loaded, replaced and removed with the admin key")
     for line in lines:

@@ -28,6 +28,7 @@ class AdaptiveSettings(BaseModel):
             a quantised copy of the head's base model.
         request_log: a file, or "-" for the standard output, that gets a line of JSON for every
             request; null for none.
+        playground: whether `/playground` shows its page.
         heads_dir: where heads may be loaded from while the server runs; null: they are not.
     """
 
@@ -38,6 +39,7 @@ class AdaptiveSettings(BaseModel):
     adaptive_by_default: bool = False
     verify_base: bool = True
     request_log: str | None = None
+    playground: bool = True
     heads_dir: Path | None = None
 
     @property

@@ -145,6 +145,11 @@ def admin_key(monkeypatch):
     monkeypatch.setenv("ADAPTIVE_ADMIN_KEY", "open sesame")
 
 
+def test_the_playground_can_be_left_out(serve, model):
+    assert settings_of(serve(model)).playground is True
+    assert settings_of(serve(model, "--no-playground")).playground is False
+
+
 def test_heads_cannot_be_changed_by_default(serve, model):
     args = serve(model)
     assert settings_of(args).heads_dir is None and args.api_server_count is None
