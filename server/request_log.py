@@ -71,7 +71,12 @@ class RequestLog:
 
     def _write_lines(self) -> None:
         while (line := self._lines.get()) is not None:
-            self._handler.handle(logging.makeLogRecord({"msg": line}))
+            record = logging.makeLogRecord({"msg": line})
+            try:
+                self._handler.handle(record)
+            except OSError:
+                # Opening anew failed; what fails in writing comes to `_count_failure` by itself.
+                self._count_failure(record)
         with contextlib.suppress(OSError):
             self._handler.close()
 

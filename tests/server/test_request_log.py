@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import httpx
 import pytest
@@ -238,13 +239,31 @@ def test_a_log_that_was_moved_away_is_opened_anew(tmp_path, registry):
     file = tmp_path / "log"
     log = RequestLog(str(file), registry)
     log.write({"number": 0})
+    deadline = time.monotonic() + 10
     while not file.read_text():
-        pass
+        assert time.monotonic() < deadline
     file.rename(tmp_path / "old")
     log.write({"number": 1})
     log.close()
     assert json.loads((tmp_path / "old").read_text())["number"] == 0
     assert json.loads(file.read_text())["number"] == 1
+
+
+def test_a_folder_that_goes_loses_lines_until_it_is_back(tmp_path, registry):
+    file = tmp_path / "logs" / "log"
+    file.parent.mkdir()
+    log = RequestLog(str(file), registry)
+    file.unlink()
+    file.parent.rmdir()
+    for number in range(2):
+        log.write({"number": number})
+    deadline = time.monotonic() + 10
+    while sample(registry, LOST) < 2:
+        assert time.monotonic() < deadline
+    file.parent.mkdir()
+    log.write({"number": 2})
+    log.close()
+    assert file.read_text() == '{"number":2}\n'
 
 
 def test_the_standard_output_gets_lines_without_a_prefix(capfd, registry):
