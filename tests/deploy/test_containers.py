@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from argparse import Namespace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,14 @@ ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 COMPOSE_FILES = ("docker-compose.yml", "docker-compose.cuda.yml")
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
+PAGE = (ROOT / "docs/deployment.md").read_text()
+COMMANDS = [
+    shlex.split(line)
+    for block in re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    for line in block.replace("\\\n", "").splitlines()
+]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# The programs of requests that load-test images must do without.
+# What the image of the load tests does without.
 SERVER_PACKAGES = ("adaptive_head", "server", "torch", "transformers", "vllm")
 IMPORT_LOCUSTFILE = f"""
 import importlib.abc, sys
@@ -88,8 +95,7 @@ def test_all_images_bring_the_vllm_that_the_project_needs():
         if requirement.startswith("vllm")
     }
     texts = [DOCKERFILE, (ROOT / "docker-compose.cuda.yml").read_text()]
-    texts.append((ROOT / "docs/deployment.md").read_text())
-    for text in texts:
+    for text in [*texts, PAGE]:
         assert set(re.findall(r"vllm/vllm-openai(?:-cpu)?:v([0-9.]+[0-9])", text)) == needed
 
 
@@ -205,3 +211,49 @@ def test_the_cuda_file_changes_the_base_and_asks_for_gpus():
     assert any(line.startswith(f"{argument}=") for line in find_arguments("ARG"))
     (device,) = changes["deploy"]["resources"]["reservations"]["devices"]
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+
+
+def test_the_pages_builds_name_stages_and_arguments_that_there_are():
+    builds = [command for command in COMMANDS if command[:2] == ["docker", "build"]]
+    assert len(builds) == 3
+    for command in builds:
+        for option, value in pairwise(command):
+            if option == "--build-arg":
+                argument = value.partition("=")[0]
+                assert any(line.startswith(f"{argument}=") for line in find_arguments("ARG"))
+            if option == "--target":
+                assert f" AS {value}\n" in DOCKERFILE
+
+
+def test_the_pages_containers_get_arguments_that_the_server_takes(parse_server_command):
+    runs = [command for command in COMMANDS if command[:2] == ["docker", "run"]]
+    assert len(runs) == 2
+    for command in runs:
+        arguments = command[command.index("adaptive-head-server") + 1 :]
+        ours, _ = parse_server_command(shlex.join(arguments))
+        assert ours.head == []
+
+
+def test_the_pages_stacks_name_files_and_profiles_that_there_are(parse_server_command):
+    stacks = [command for command in COMMANDS if command[:2] == ["docker", "compose"]]
+    assert len(stacks) == 3
+    for command in stacks:
+        for option, value in pairwise(command):
+            assert option != "-f" or value in COMPOSE_FILES
+            assert option != "--profile" or value in SERVICES["load"]["profiles"]
+    (settings,) = re.findall(r"^```ini\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    values = dict(line.split("=", 1) for line in settings.splitlines())
+    assert values.keys() <= find_variables()
+    ours, args = parse_server_command(values["SERVER_ARGS"])
+    assert (ours.head, args.model_tag) == (["mine=/heads/mine"], "Qwen/Qwen3-8B")
+    mounts = SERVICES["server"]["volumes"]
+    assert any(mount.endswith(":/heads:ro") for mount in mounts)
+
+
+def test_the_compose_file_lists_its_variables():
+    comment = (ROOT / "docker-compose.yml").read_text().split("\n\n")[0]
+    assert set(re.findall(r"[A-Z]+(?:_[A-Z]+)+|BIND|HEADS", comment)) == find_variables()
+
+
+def find_variables() -> set[str]:
+    return set(re.findall(r"\$\{(\w+)", (ROOT / "docker-compose.yml").read_text()))

@@ -1,6 +1,8 @@
 """The Helm chart: rendered by Helm's own library, checked against Kubernetes' own schemas."""
 
 import json
+import re
+import shlex
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
 from cloudcoil.models.prometheus_operator.v1 import PodMonitor
 
+from adaptive_head.vllm.settings import ADMIN_KEY_VARIABLE
 from server.cli import make_parser, parse_vllm, prepare_environment
 
 ROOT = Path(__file__).parent.parent.parent
@@ -34,6 +37,7 @@ EVERYTHING = {
             },
         },
     ],
+    "runtimeHeads": {"claim": "library", "adminKeySecret": "admin"},
     "args": ["--max-model-len=8192"],
     "env": [{"name": "VLLM_LOGGING_LEVEL", "value": "WARNING"}],
     "hfTokenSecret": "hub",
@@ -121,6 +125,7 @@ def test_the_schema_knows_each_value_and_no_other():
         ({"autoscaling": {"minReplicas": 0}}, "minReplicas"),
         ({"gpu": {"count": -1}}, "count"),
         ({"sharedMemory": "a lot"}, "sharedMemory"),
+        ({"runtimeHeads": {"claim": "library"}}, "runtimeHeads.adminKeySecret"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(values, named):
@@ -237,6 +242,18 @@ def test_each_head_is_mounted_where_the_server_looks():
     assert fetcher["args"][-1] == f"/heads/{fetched['subPath']}"
 
 
+def test_heads_may_change_at_runtime_where_the_values_say_so():
+    pod = render(EVERYTHING)["Deployment"]["spec"]["template"]["spec"]
+    (server,) = pod["containers"]
+    ours, _ = make_parser().parse_known_args(server["args"])
+    assert {"name": "library", "mountPath": str(ours.heads_dir), "readOnly": True} in server[
+        "volumeMounts"
+    ]
+    (key,) = (entry for entry in server["env"] if entry["name"] == ADMIN_KEY_VARIABLE)
+    assert key["valueFrom"]["secretKeyRef"] == {"name": "admin", "key": ADMIN_KEY_VARIABLE}
+    assert "heads-dir" not in str(render())
+
+
 def test_gpus_are_limits_beside_the_other_resources():
     (server,) = render(EVERYTHING)["Deployment"]["spec"]["template"]["spec"]["containers"]
     assert server["resources"]["limits"] == {"memory": "12Gi", "nvidia.com/gpu": 1}
@@ -263,3 +280,25 @@ def test_prometheus_names_the_job_as_the_rules_do():
 def test_names_stay_within_what_kubernetes_takes(name):
     for resource in render(EVERYTHING, name=name).values():
         assert len(resource["metadata"]["name"]) <= 63
+
+
+def test_the_pages_command_and_values_render():
+    page = (ROOT / "docs/deployment.md").read_text()
+    (command,) = re.findall(r"^helm install (.*?)^```", page, re.MULTILINE | re.DOTALL)
+    name, chart, *options = shlex.split(command.replace("\\\n", ""))
+    assert ROOT / chart == CHART
+    values = helm_python.parse_set_string(options[options.index("--set") + 1])
+    (server,) = render(values, name)["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert server["image"] == "registry.example/adaptive-head-server:0.1.0"
+    blocks = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (values, pool) = map(yaml.safe_load, blocks)
+    resources = render(values, name)
+    (server,) = resources["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert "--head=mine=/heads/mine" in server["args"]
+    for resource in resources.values():
+        if resource["kind"] not in CUSTOM:
+            kubernetes_validate.validate(resource, OLDEST, strict=True)
+    labels = resources["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert pool["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    recreated = render(helm_python.parse_set_string("strategy.type=Recreate"))
+    assert recreated["Deployment"]["spec"]["strategy"] == {"type": "Recreate"}
