@@ -1,6 +1,6 @@
-# docker build --tag adaptive-head-server .                  serves on a CPU
-# docker build --tag adaptive-head-server --build-arg BASE=vllm/vllm-openai:v0.32.0 .     on GPUs
-# docker build --tag adaptive-head-load --target load .      locust, without vLLM
+# docker build .                                               serves on a CPU
+# docker build --build-arg BASE=vllm/vllm-openai:v0.32.0 .     serves on NVIDIA GPUs
+# docker build --target load .                                 locust, without vLLM
 #
 # How to run them: docs/deployment.md.
 
