@@ -260,15 +260,15 @@ def test_gpus_are_limits_beside_the_other_resources():
     assert server["resources"]["requests"] == {"cpu": "2", "memory": "6Gi"}
 
 
-def test_scaling_follows_a_metric_that_vllm_has():
+def test_scaling_follows_metrics_that_vllm_has():
     (trigger,) = render(EVERYTHING)["ScaledObject"]["spec"]["triggers"]
     metadata = trigger["metadata"]
-    name = "vllm:num_requests_waiting"
-    assert metadata["query"] == (
-        f'sum({name}{{namespace="prod", pod=~"demo-adaptive-head-server-.*"}})'
-    )
-    assert f'name="{name}"' in Path(vllm.v1.metrics.loggers.__file__).read_text()
-    assert metadata["threshold"] == "5"
+    pods = '{namespace="prod", pod=~"demo-adaptive-head-server-.*"}'
+    names = ["vllm:num_requests_waiting", "vllm:num_requests_running"]
+    assert metadata["query"] == " + ".join(f"sum({name}{pods})" for name in names)
+    loggers = Path(vllm.v1.metrics.loggers.__file__).read_text()
+    assert all(f'name="{name}"' in loggers for name in names)
+    assert metadata["threshold"] == "32"
 
 
 def test_prometheus_names_the_job_as_the_rules_do():
