@@ -1,0 +1,268 @@
+"""Draw the dashboard without Grafana, from the same queries.
+
+python -m deploy.grafana.render --prometheus URL --out FILE [--minutes 5]
+"""
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import typer
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.dates import AutoDateLocator, DateFormatter
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from deploy.grafana.queries import NUM_COLUMNS, PrometheusAPI, read_panels
+
+COLUMN_WIDTH, ROW_HEIGHT, GAP = 80, 38, 8  # pixels
+DPI = 100
+PAGE, PANEL, GRID, TEXT, FAINT = "#111217", "#1b1c22", "#30323a", "#d5d6de", "#8e9099"
+GOOD, BAD = "#73bf69", "#f2495c"
+PALETTE = (
+    *("#73bf69", "#f2cc0c", "#5794f2", "#ff780a", "#b877d9"),
+    *("#e0629b", "#37d5cf", "#a16f4a", "#c8d26b", "#8ab8ff"),
+)
+
+
+def format_value(value: float, unit: str) -> str:
+    """As Grafana writes a number of this unit, roughly."""
+    if unit == "percentunit":
+        return f"{value:.0%}" if value == 0 or value >= 0.1 else f"{value:.1%}"
+    if unit == "s":
+        return f"{value:.3g} s" if value == 0 or value >= 1 else f"{1000 * value:.3g} ms"
+    suffix = {"short": "", "none": "", "reqps": " req/s"}.get(unit, f" {unit}")
+    return f"{value:.3g}{suffix}" if value < 1000 else f"{value:,.0f}{suffix}"
+
+
+class Page:
+    """A picture of the panels."""
+
+    def __init__(self, prometheus: PrometheusAPI, panels: list[dict[str, Any]], title: str) -> None:
+        self._prometheus = prometheus
+        self._colors: dict[str, str] = {}
+        num_rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
+        self._top = 40
+        self._width = NUM_COLUMNS * COLUMN_WIDTH
+        self._height = num_rows * ROW_HEIGHT + self._top + GAP
+        size = self._width / DPI, self._height / DPI
+        self.figure: Figure = pyplot.figure(figsize=size, dpi=DPI, facecolor=PAGE)
+        self._write(2 * GAP, 26, title, size=13, weight="bold")
+        start, end = (
+            datetime.fromtimestamp(when, UTC) for when in (prometheus.start, prometheus.end)
+        )
+        span = f"{start:%Y-%m-%d %H:%M:%S} to {end:%H:%M:%S} UTC"
+        self._write(self._width - 2 * GAP, 26, span, color=FAINT, ha="right")
+        for panel in panels:
+            self._draw(panel)
+
+    def _draw(self, panel: dict[str, Any]) -> None:
+        place = panel["gridPos"]
+        left, top = place["x"] * COLUMN_WIDTH + GAP / 2, place["y"] * ROW_HEIGHT + self._top
+        width, height = place["w"] * COLUMN_WIDTH - GAP, place["h"] * ROW_HEIGHT - GAP
+        if panel["type"] == "row":
+            self._write(left + GAP, top + 20, panel["title"], size=11, weight="bold")
+            return
+        self.figure.add_artist(Rectangle(*self._box(left, top, width, height), fc=PANEL, ec=GRID))
+        self._write(left + 10, top + 18, panel["title"], size=9, weight="bold")
+        margins = {"timeseries": (58, 30, 14, 46), "heatmap": (44, 30, 70, 26)}
+        a, b, c, d = margins.get(panel["type"], (10, 26, 10, 6))
+        corner, w, h = self._box(left + a, top + b, width - a - c, height - b - d)
+        axes = self.figure.add_axes((*corner, w, h), facecolor="none")
+        unit = panel["fieldConfig"]["defaults"].get("unit", "short")
+        draw = {"timeseries": self._lines, "heatmap": self._heat, "stat": self._number}
+        draw.get(panel["type"], self._table)(axes, panel, unit)
+
+    def _box(
+        self, left: float, top: float, width: float, height: float
+    ) -> tuple[Any, float, float]:
+        """From pixels below the page's top left corner to matplotlib's shares of the page."""
+        corner = left / self._width, 1 - (top + height) / self._height
+        return corner, width / self._width, height / self._height
+
+    def _write(
+        self, x: float, y: float, words: str, color: str = TEXT, size: int = 9, **style: Any
+    ) -> None:
+        self.figure.text(
+            x / self._width, 1 - y / self._height, words, color=color, fontsize=size, **style
+        )
+
+    def _color(self, name: str) -> str:
+        return self._colors.setdefault(name, PALETTE[len(self._colors) % len(PALETTE)])
+
+    def _lines(self, axes: Axes, panel: dict[str, Any], unit: str) -> None:
+        defaults = panel["fieldConfig"]["defaults"]
+        curves = self._prometheus.find_curves(panel)
+        if not curves:
+            return say_no_data(axes, defaults.get("noValue", "No data"))
+        custom = defaults["custom"]
+        below: dict[float, float] = {}
+        for name, series in curves:
+            values = series.values
+            floor = np.zeros_like(values)
+            if "stacking" in custom:
+                floor = np.array([below.get(when, 0.0) for when in series.times])
+                values = floor + np.nan_to_num(values)
+                below |= dict(zip(series.times, values, strict=True))
+            times, color = as_dates(series.times), self._color(name)
+            stepwise = custom.get("lineInterpolation") == "stepAfter"
+            axes.plot(
+                times,
+                values,
+                color=color,
+                lw=1.4,
+                label=name,
+                ds="steps-post" if stepwise else None,
+            )
+            axes.fill_between(
+                times, floor, values, color=color, alpha=custom["fillOpacity"] / 100, lw=0
+            )
+        for step in defaults["thresholds"]["steps"][1:] if "thresholdsStyle" in custom else []:
+            axes.axhline(step["value"], color=BAD, lw=1, ls="--")
+        top = defaults.get("max") or max(axes.get_ylim()[1], 1e-9)
+        axes.set_ylim(0, 1.04 * top)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value, unit)))
+        axes.grid(axis="y", color=GRID, lw=0.6)
+        self._show_time(axes)
+        handles, names = axes.get_legend_handles_labels()
+        axes.legend(
+            handles[:9],
+            names[:9],
+            loc="upper left",
+            bbox_to_anchor=(-0.1, -0.13),
+            ncols=3,
+            fontsize=7,
+            frameon=False,
+            labelcolor=TEXT,
+            borderaxespad=0,
+            handlelength=1,
+            columnspacing=1,
+        )
+
+    def _heat(self, axes: Axes, panel: dict[str, Any], unit: str) -> None:
+        found = sorted(self._prometheus.find_curves(panel), key=lambda curve: float(curve[0]))
+        if not found:
+            return say_no_data(axes)
+        names = [name for name, _ in found]
+        times = sorted({when for _, series in found for when in series.times})
+        column = {when: number for number, when in enumerate(times)}
+        cumulative = np.zeros((len(found), len(times)))
+        for row, (_, series) in enumerate(found):
+            cumulative[row, [column[when] for when in series.times]] = np.nan_to_num(series.values)
+        counts = np.diff(cumulative, axis=0, prepend=0).clip(0)
+        image = axes.pcolormesh(
+            as_dates(np.array(times)),
+            range(len(names)),
+            np.ma.masked_less(counts, 1e-9),
+            cmap="inferno",
+            norm=PowerNorm(0.5, 0, max(counts.max(), 1e-9)),
+            shading="nearest",
+        )
+        axes.set_yticks(range(len(names)), names)
+        self._show_time(axes)
+        bar = self.figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
+        bar.ax.tick_params(colors=FAINT, labelsize=7, length=0)
+        bar.ax.yaxis.set_major_locator(MaxNLocator(4))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}/s"))
+        bar.outline.set_visible(False)
+
+    def _show_time(self, axes: Axes) -> None:
+        axes.set_xlim(*as_dates(np.array([self._prometheus.start, self._prometheus.end])))
+        axes.xaxis.set_major_locator(AutoDateLocator(minticks=3, maxticks=6))
+        axes.xaxis.set_major_formatter(DateFormatter("%H:%M:%S"))
+        axes.tick_params(colors=FAINT, labelsize=7, length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+
+    def _number(self, axes: Axes, panel: dict[str, Any], unit: str) -> None:
+        axes.axis("off")
+        curves = self._prometheus.find_curves(panel)
+        if not curves:
+            return say_no_data(axes)
+        series = curves[0][1]
+        value = series.values[np.isfinite(series.values)][-1:]
+        if not value.size:
+            return say_no_data(axes)
+        steps = panel["fieldConfig"]["defaults"]["thresholds"]["steps"]
+        color = [
+            step["color"] for step in steps if step["value"] is None or value[0] >= step["value"]
+        ][-1]
+        color = {"green": GOOD, "red": BAD}.get(color, TEXT)
+        axes.set_ylim(0, 3 * max(np.nanmax(series.values), 1e-9))
+        axes.fill_between(as_dates(series.times), 0, series.values, color=color, alpha=0.18, lw=0)
+        axes.text(
+            0.5,
+            0.56,
+            format_value(value[0], unit),
+            transform=axes.transAxes,
+            color=color,
+            fontsize=20,
+            ha="center",
+            va="center",
+        )
+
+    def _table(self, axes: Axes, panel: dict[str, Any], unit: str) -> None:
+        axes.axis("off")
+        rows = self._prometheus.query(panel["targets"][0]["expr"])
+        if not rows:
+            return say_no_data(axes, panel["fieldConfig"]["defaults"]["noValue"])
+        columns = panel["transformations"][0]["options"]["renameByName"]
+        cells = [
+            [
+                row.labels.get(name)
+                or ("" if name != "Value" else format_value(row.values[0], unit))
+                for name in columns
+            ]
+            for row in rows
+        ]
+        cells = [list(columns.values()), *cells]
+        widths = [max(len(line[column]) for line in cells) + 3 for column in range(len(columns))]
+        for number, line in enumerate(cells):
+            for column, words in enumerate(line):
+                axes.text(
+                    sum(widths[:column]) / max(sum(widths), 60),
+                    0.95 - number * 0.11,
+                    words,
+                    va="top",
+                    transform=axes.transAxes,
+                    color=TEXT if number else FAINT,
+                    fontsize=8,
+                )
+
+
+def as_dates(times: np.ndarray) -> np.ndarray:
+    return (times * 1000).astype("datetime64[ms]")
+
+
+def say_no_data(axes: Axes, words: str = "No data") -> None:
+    axes.axis("off")
+    axes.text(0.5, 0.5, words, transform=axes.transAxes, color=FAINT, fontsize=10, ha="center")
+
+
+def main(
+    prometheus: Annotated[
+        str, typer.Option(help="where Prometheus listens")
+    ] = "http://127.0.0.1:9090",
+    out: Annotated[Path, typer.Option(help="a .png, .svg or .pdf file")] = Path("dashboard.png"),
+    minutes: Annotated[float, typer.Option(min=0.1, help="how far back")] = 5,
+    rate: Annotated[str, typer.Option(help="range of rates: four scrape intervals or more")] = "1m",
+) -> None:
+    """Draw the dashboard without Grafana, from the same queries."""
+    api = PrometheusAPI(prometheus, time.time(), 60 * minutes)
+    heads = sorted({series.labels["head"] for series in api.query("adaptive_requests_total")})
+    page = Page(api, read_panels(heads, rate), "Adaptive temperatures")
+    page.figure.savefig(out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
