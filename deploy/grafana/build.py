@@ -47,7 +47,7 @@ def main(folder: Path = FOLDER) -> None:
         dashboard = builder.build()
         for number, panel in enumerate(dashboard.panels or [], start=1):
             panel.id_val = number
-        content = json.dumps(dashboard, cls=JSONEncoder, indent=2, sort_keys=True)
+        content = json.dumps(dashboard, cls=JSONEncoder, indent=2)
         (folder / f"{name}.json").write_text(content + "\n")
 
 
@@ -77,7 +77,7 @@ def build_dashboard() -> Dashboard:
         )
         .with_variable(choose("head", f"label_values(adaptive_requests_total{{{MODEL}}}, head)"))
     )
-    for add in (add_now, add_temperatures, add_traffic, add_canaries, add_latency):
+    for add in (add_now, add_temperatures, add_traffic, add_latency, add_canaries):
         add(dashboard)
     return dashboard
 

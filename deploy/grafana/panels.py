@@ -1,6 +1,6 @@
 """The kinds of panels that the dashboards have."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from string import ascii_uppercase
 
 from grafana_foundation_sdk.builders import heatmap, prometheus, stat, table, timeseries
@@ -52,13 +52,16 @@ def draw_lines(
     *queries: tuple[str, str],
     unit: str = "short",
     maximum: float | None = None,
-    alerts: Iterable[str] = (),
+    alerts: Sequence[str] = (),
+    threshold: bool = True,
     width: int = 6,
 ) -> timeseries.Panel:
-    """Curves over time, and the first alert's threshold as a dashed line.
+    """Curves over time.
 
     Args:
         queries: an expression and a legend each.
+        alerts: those whose run-books the panel leads to.
+        threshold: draw that of the first alert as a dashed line.
         width: of 24 columns.
     """
     panel = timeseries.Panel().title(title).description(description).datasource(SOURCE)
@@ -67,9 +70,8 @@ def draw_lines(
         panel.with_target(query(expression).legend_format(legend).ref_id(letter))
     if maximum is not None:
         panel.max(maximum)
-    thresholds = [THRESHOLDS[alert] for alert in alerts if alert in THRESHOLDS]
-    if thresholds:
-        panel.thresholds(color_from(thresholds[0], "red"))
+    if threshold and alerts and alerts[0] in THRESHOLDS:
+        panel.thresholds(color_from(THRESHOLDS[alerts[0]], "red"))
         panel.thresholds_style(GraphThresholdsStyleConfig().mode(GraphThresholdsStyleMode.DASHED))
     # The same name has the same colour in every panel.
     panel.color_scheme(FieldColor().mode(FieldColorModeId.PALETTE_CLASSIC_BY_NAME))
@@ -113,7 +115,7 @@ def draw_number(
 
 
 def draw_heatmap(
-    title: str, description: str, expression: str, alerts: Iterable[str] = ()
+    title: str, description: str, expression: str, alerts: Sequence[str] = ()
 ) -> heatmap.Panel:
     """The buckets of a histogram over time; `expression` sums by `le` alone."""
     target = query(expression).legend_format("{{le}}").format(PromQueryFormat.HEATMAP)
@@ -145,7 +147,7 @@ def list_series(
     empty: str,
     width: int,
     unit: str = "short",
-    alerts: Iterable[str] = (),
+    alerts: Sequence[str] = (),
 ) -> table.Panel:
     """A table with a line a series.
 
@@ -164,7 +166,7 @@ def list_series(
         .description(description)
         .datasource(SOURCE)
         .span(width)
-        .height(7)
+        .height(5)
         .unit(unit)
         .no_value(empty)
         .links(link_runbooks(alerts))
@@ -188,7 +190,7 @@ def color_from(bound: float, color: str, below: str = "green") -> ThresholdsConf
     return ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps)
 
 
-def link_runbooks(alerts: Iterable[str]) -> list[Builder[models.DashboardLink]]:
+def link_runbooks(alerts: Sequence[str]) -> list[Builder[models.DashboardLink]]:
     return [
         DashboardLink(f"Run-book: {alert}")
         .type(DashboardLinkType.LINK)

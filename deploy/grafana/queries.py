@@ -92,11 +92,11 @@ def read_panels(heads: list[str], rate: str, dashboard: Path = DASHBOARD) -> lis
             panels.append(_substitute(panel, ".*", rate))
             continue
         per_row = int(panel["maxPerRow"])
+        width = place["w"] // per_row
         for number, head in enumerate(heads):
             row, column = divmod(number, per_row)
-            width = NUM_COLUMNS // per_row
-            moved = place | {"x": column * width, "w": width, "y": place["y"] + row * place["h"]}
-            panels.append(_substitute(panel | {"gridPos": moved}, head, rate))
+            moved = {"x": column * width, "w": width, "y": place["y"] + row * place["h"]}
+            panels.append(_substitute(panel | {"gridPos": place | moved}, head, rate))
         lower_by += (max(len(heads) - 1, 0) // per_row) * place["h"]
     return panels
 

@@ -34,14 +34,13 @@ PALETTE = (
 )
 
 
-def format_value(value: float, unit: str) -> str:
-    """As Grafana writes a number of this unit, roughly."""
+def format_value(value: float, unit: str | None) -> str:
+    """As Grafana writes a number, roughly. A unit such as `tokens/s` is left to the caller."""
     if unit == "percentunit":
         return f"{value:.0%}" if value == 0 or value >= 0.1 else f"{value:.1%}"
     if unit == "s":
         return f"{value:.3g} s" if value == 0 or value >= 1 else f"{1000 * value:.3g} ms"
-    suffix = {"short": "", "none": "", "reqps": " req/s"}.get(unit, f" {unit}")
-    return f"{value:.3g}{suffix}" if value < 1000 else f"{value:,.0f}{suffix}"
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 class Page:
@@ -72,22 +71,27 @@ class Page:
         if panel["type"] == "row":
             self._write(left + GAP, top + 20, panel["title"], size=11, weight="bold")
             return
-        self.figure.add_artist(Rectangle(*self._box(left, top, width, height), fc=PANEL, ec=GRID))
+        x, y, *size = self._box(left, top, width, height)
+        self.figure.add_artist(Rectangle((x, y), *size, fc=PANEL, ec=GRID, zorder=-1))
         self._write(left + 10, top + 18, panel["title"], size=9, weight="bold")
-        margins = {"timeseries": (58, 30, 14, 46), "heatmap": (44, 30, 70, 26)}
+        defaults = panel.get("fieldConfig", {}).get("defaults", {})
+        if (unit := defaults.get("unit", "")).endswith("/s"):
+            self._write(left + width - 12, top + 18, unit, FAINT, 8, ha="right")
+        margins = {"timeseries": (44, 32, 14, 56), "heatmap": (40, 32, 40, 28)}
         a, b, c, d = margins.get(panel["type"], (10, 26, 10, 6))
-        corner, w, h = self._box(left + a, top + b, width - a - c, height - b - d)
-        axes = self.figure.add_axes((*corner, w, h), facecolor="none")
-        unit = panel["fieldConfig"]["defaults"].get("unit", "short")
+        axes = self.figure.add_axes(
+            self._box(left + a, top + b, width - a - c, height - b - d), facecolor="none"
+        )
         draw = {"timeseries": self._lines, "heatmap": self._heat, "stat": self._number}
-        draw.get(panel["type"], self._table)(axes, panel, unit)
+        draw.get(panel["type"], self._table)(axes, panel, defaults)
 
     def _box(
         self, left: float, top: float, width: float, height: float
-    ) -> tuple[Any, float, float]:
+    ) -> tuple[float, float, float, float]:
         """From pixels below the page's top left corner to matplotlib's shares of the page."""
-        corner = left / self._width, 1 - (top + height) / self._height
-        return corner, width / self._width, height / self._height
+        bottom = self._height - top - height
+        x, y = self._width, self._height
+        return left / x, bottom / y, width / x, height / y
 
     def _write(
         self, x: float, y: float, words: str, color: str = TEXT, size: int = 9, **style: Any
@@ -99,57 +103,49 @@ class Page:
     def _color(self, name: str) -> str:
         return self._colors.setdefault(name, PALETTE[len(self._colors) % len(PALETTE)])
 
-    def _lines(self, axes: Axes, panel: dict[str, Any], unit: str) -> None:
-        defaults = panel["fieldConfig"]["defaults"]
+    def _lines(self, axes: Axes, panel: dict[str, Any], defaults: dict[str, Any]) -> None:
         curves = self._prometheus.find_curves(panel)
         if not curves:
             return say_no_data(axes, defaults.get("noValue", "No data"))
         custom = defaults["custom"]
+        opacity = custom["fillOpacity"] / 100
+        style = "steps-post" if custom.get("lineInterpolation") == "stepAfter" else "default"
         below: dict[float, float] = {}
         for name, series in curves:
-            values = series.values
+            times, values, color = as_dates(series.times), series.values, self._color(name)
             floor = np.zeros_like(values)
             if "stacking" in custom:
                 floor = np.array([below.get(when, 0.0) for when in series.times])
                 values = floor + np.nan_to_num(values)
                 below |= dict(zip(series.times, values, strict=True))
-            times, color = as_dates(series.times), self._color(name)
-            stepwise = custom.get("lineInterpolation") == "stepAfter"
-            axes.plot(
-                times,
-                values,
-                color=color,
-                lw=1.4,
-                label=name,
-                ds="steps-post" if stepwise else None,
-            )
-            axes.fill_between(
-                times, floor, values, color=color, alpha=custom["fillOpacity"] / 100, lw=0
-            )
-        for step in defaults["thresholds"]["steps"][1:] if "thresholdsStyle" in custom else []:
-            axes.axhline(step["value"], color=BAD, lw=1, ls="--")
+            axes.plot(times, values, color=color, lw=1.4, ds=style, label=name)
+            axes.fill_between(times, floor, values, color=color, alpha=opacity, lw=0)
         top = defaults.get("max") or max(axes.get_ylim()[1], 1e-9)
+        if "thresholdsStyle" in custom:
+            axes.axhline(defaults["thresholds"]["steps"][1]["value"], color=BAD, lw=1, ls="--")
         axes.set_ylim(0, 1.04 * top)
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value, unit)))
+        axes.yaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: format_value(value, defaults.get("unit")))
+        )
         axes.grid(axis="y", color=GRID, lw=0.6)
         self._show_time(axes)
         handles, names = axes.get_legend_handles_labels()
-        axes.legend(
-            handles[:9],
-            names[:9],
-            loc="upper left",
-            bbox_to_anchor=(-0.1, -0.13),
-            ncols=3,
+        corner = axes.get_position().p0 - (34 / self._width, 50 / self._height)
+        self.figure.legend(
+            handles[:8],
+            names[:8],
+            loc="lower left",
+            bbox_to_anchor=corner,
+            ncols=4,
             fontsize=7,
             frameon=False,
             labelcolor=TEXT,
             borderaxespad=0,
             handlelength=1,
-            columnspacing=1,
         )
 
-    def _heat(self, axes: Axes, panel: dict[str, Any], unit: str) -> None:
+    def _heat(self, axes: Axes, panel: dict[str, Any], defaults: dict[str, Any]) -> None:
         found = sorted(self._prometheus.find_curves(panel), key=lambda curve: float(curve[0]))
         if not found:
             return say_no_data(axes)
@@ -169,6 +165,8 @@ class Page:
             shading="nearest",
         )
         axes.set_yticks(range(len(names)), names)
+        if not counts[-1].any():
+            axes.set_ylim(-0.5, len(names) - 1.5)  # nothing above the highest bound
         self._show_time(axes)
         bar = self.figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
         bar.ax.tick_params(colors=FAINT, labelsize=7, length=0)
@@ -184,7 +182,7 @@ class Page:
         for spine in axes.spines.values():
             spine.set_visible(False)
 
-    def _number(self, axes: Axes, panel: dict[str, Any], unit: str) -> None:
+    def _number(self, axes: Axes, panel: dict[str, Any], defaults: dict[str, Any]) -> None:
         axes.axis("off")
         curves = self._prometheus.find_curves(panel)
         if not curves:
@@ -193,7 +191,7 @@ class Page:
         value = series.values[np.isfinite(series.values)][-1:]
         if not value.size:
             return say_no_data(axes)
-        steps = panel["fieldConfig"]["defaults"]["thresholds"]["steps"]
+        steps = defaults["thresholds"]["steps"]
         color = [
             step["color"] for step in steps if step["value"] is None or value[0] >= step["value"]
         ][-1]
@@ -203,7 +201,7 @@ class Page:
         axes.text(
             0.5,
             0.56,
-            format_value(value[0], unit),
+            format_value(value[0], defaults.get("unit")),
             transform=axes.transAxes,
             color=color,
             fontsize=20,
@@ -211,16 +209,16 @@ class Page:
             va="center",
         )
 
-    def _table(self, axes: Axes, panel: dict[str, Any], unit: str) -> None:
+    def _table(self, axes: Axes, panel: dict[str, Any], defaults: dict[str, Any]) -> None:
         axes.axis("off")
         rows = self._prometheus.query(panel["targets"][0]["expr"])
         if not rows:
-            return say_no_data(axes, panel["fieldConfig"]["defaults"]["noValue"])
-        columns = panel["transformations"][0]["options"]["renameByName"]
+            return say_no_data(axes, defaults["noValue"])
+        columns: dict[str, str] = panel["transformations"][0]["options"]["renameByName"]
         cells = [
             [
                 row.labels.get(name)
-                or ("" if name != "Value" else format_value(row.values[0], unit))
+                or ("" if name != "Value" else format_value(row.values[0], defaults.get("unit")))
                 for name in columns
             ]
             for row in rows

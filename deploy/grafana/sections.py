@@ -101,24 +101,26 @@ def add_now(dashboard: Dashboard) -> None:
 
 
 def add_temperatures(dashboard: Dashboard) -> None:
-    means = f"sum by (head, le) (rate(adaptive_request_temperature_bucket{{{HEAD}}}{RATE}))"
+    tokens = f"sum by (le) (rate(adaptive_temperature_bucket{{{HEAD}}}{RATE}))"
+    answers = f"sum by (le) (rate(adaptive_request_temperature_bucket{{{HEAD}}}{RATE}))"
     dashboard.with_row(Row("Temperatures"))
     for panel in (
         draw_heatmap(
-            "$head",
+            "$head: tokens",
             "Tokens generated at each temperature.",
-            f"sum by (le) (rate(adaptive_temperature_bucket{{{HEAD}}}{RATE}))",
+            tokens,
             alerts=["AdaptiveTemperatureCollapsed"],
-        )
-        .repeat("head")
-        .repeat_direction("h")
-        .max_per_row(3),
-        draw_lines(
-            "Mean temperature of an answer",
-            "Quantiles over answers, interpolated between the heads' temperatures.",
-            *list_quantiles((0.1, 0.5, 0.9), means, "{{head}} "),
-            unit="none",
         ),
+        draw_lines(
+            "$head: answers",
+            "Quantiles of the answers' mean temperatures, interpolated between those of the heads.",
+            *list_quantiles((0.1, 0.5, 0.9), answers),
+            unit="none",
+            width=24,
+        ),
+    ):
+        dashboard.with_panel(panel.repeat("head").repeat_direction("h").max_per_row(4))
+    for panel in (
         draw_lines(
             "Share at 0",
             "Greedy choices among those of the last ten minutes.",
@@ -126,6 +128,7 @@ def add_temperatures(dashboard: Dashboard) -> None:
             unit="percentunit",
             maximum=1,
             alerts=["AdaptiveGreedyShareHigh"],
+            width=8,
         ),
         draw_lines(
             "Share at the highest temperature",
@@ -134,6 +137,7 @@ def add_temperatures(dashboard: Dashboard) -> None:
             unit="percentunit",
             maximum=1,
             alerts=["AdaptiveTopShareHigh"],
+            width=8,
         ),
         draw_lines(
             "Drift from training",
@@ -143,6 +147,7 @@ def add_temperatures(dashboard: Dashboard) -> None:
             unit="none",
             maximum=1,
             alerts=["AdaptiveDrift"],
+            width=8,
         ),
     ):
         dashboard.with_panel(panel)
@@ -166,8 +171,9 @@ def add_traffic(dashboard: Dashboard) -> None:
             "Responses",
             "Over HTTP, of all models. 5xx are the server's errors, 4xx the client's.",
             (by_status, "{{status}}"),
-            unit="reqps",
+            unit="requests/s",
             alerts=["AdaptiveErrorRatioHigh"],
+            threshold=False,
         ),
         draw_lines(
             "Answers by end",
@@ -204,8 +210,8 @@ def add_canaries(dashboard: Dashboard) -> None:
     requests = f"sum by (model, head) (rate(adaptive_requests_total{RATE}))"
     dashboard.with_row(Row("Canaries"))
     for title, description, values, unit in (
-        ("Mean temperature with and without canary", "Of tokens.", f"{total} / {count}", "none"),
-        ("Requests with and without canary", "What either answers.", requests, "reqps"),
+        ("Temperature of head and canary", "Means over tokens.", f"{total} / {count}", "none"),
+        ("Requests of head and canary", "What each of the two answers.", requests, "requests/s"),
     ):
         dashboard.with_panel(
             draw_lines(
@@ -215,7 +221,9 @@ def add_canaries(dashboard: Dashboard) -> None:
                 (f"{values} and on (model, head) {canaries}", "{{head}} (canary)"),
                 unit=unit,
                 width=8,
-            ).no_value("no canary")
+            )
+            .height(5)
+            .no_value("no canary")
         )
     dashboard.with_panel(
         list_series(
@@ -265,7 +273,7 @@ def add_latency(dashboard: Dashboard) -> None:
                 f"sum by (instance) (rate(vllm:num_preemptions_total{{{VLLM}}}{RATE}))",
                 "{{instance}}",
             ),
-            unit="reqps",
+            unit="requests/s",
         ),
         draw_lines(
             "Throughput",
@@ -286,10 +294,8 @@ def add_latency(dashboard: Dashboard) -> None:
         dashboard.with_panel(panel)
 
 
-def list_quantiles(
-    quantiles: tuple[float, ...], buckets: str, legend: str = ""
-) -> list[tuple[str, str]]:
+def list_quantiles(quantiles: tuple[float, ...], buckets: str) -> list[tuple[str, str]]:
     return [
-        (f"histogram_quantile({quantile}, {buckets})", f"{legend}p{100 * quantile:.0f}")
+        (f"histogram_quantile({quantile}, {buckets})", f"p{100 * quantile:.0f}")
         for quantile in quantiles
     ]
