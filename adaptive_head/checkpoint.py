@@ -1,5 +1,6 @@
 """A head on disk: a folder with `head.safetensors` and `head.json`. Never pickle."""
 
+import hashlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Final, Literal
 import safetensors
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from adaptive_head.head import AdaptiveHead, HeadConfig, check_temperatures
 from adaptive_head.options import Level
@@ -83,13 +84,17 @@ class HeadMetadata(BaseModel):
 
 
 class LoadedHead(BaseModel):
-    """A verified head: its metadata, its network (float32, on the CPU), and where it came from."""
+    """A verified head: its metadata, its network (float32, on the CPU), and where it came from.
+
+    `digest` is the SHA-256 of its two files: two ranks that have the same have the same head.
+    """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True)
 
     metadata: HeadMetadata
     network: AdaptiveHead
     path: Path
+    digest: str
 
     @property
     def level(self) -> Level:
@@ -156,7 +161,8 @@ def load_head(
     Raises:
         HeadError: says which file is wrong, and how.
     """
-    metadata = read_metadata(folder)
+    described = _read_file(folder, METADATA_FILE)
+    metadata = _parse_metadata(folder / METADATA_FILE, described)
     if hidden_size not in (None, metadata.hidden_size):
         raise HeadError(
             f"{folder}: the head reads hidden states of width {metadata.hidden_size}, "
@@ -168,12 +174,18 @@ def load_head(
             f"{folder}: the head was made for {metadata.base_model.name} "
             f"(fingerprint {expected}), the model being served has fingerprint {fingerprint}"
         )
-    weights = _read_weights(folder / WEIGHTS_FILE)
+    weighed = _read_file(folder, WEIGHTS_FILE)
+    weights = _parse_weights(folder / WEIGHTS_FILE, weighed)
     # Before the network is made: a damaged size would ask for more memory than there is.
     _check_weights(folder / WEIGHTS_FILE, weights, _expected_shapes(metadata.config))
     network = AdaptiveHead(metadata.config)
     network.load_state_dict(weights)
-    return LoadedHead(metadata=metadata, network=network.requires_grad_(False).eval(), path=folder)
+    return LoadedHead(
+        metadata=metadata,
+        network=network.requires_grad_(False).eval(),
+        path=folder,
+        digest=hashlib.sha256(described + weighed).hexdigest(),
+    )
 
 
 def read_metadata(folder: Path) -> HeadMetadata:
@@ -182,12 +194,22 @@ def read_metadata(folder: Path) -> HeadMetadata:
     Raises:
         HeadError: it is missing, not JSON, of a newer format, or a field is wrong.
     """
-    path = folder / METADATA_FILE
+    return _parse_metadata(folder / METADATA_FILE, _read_file(folder, METADATA_FILE))
+
+
+def _read_file(folder: Path, name: str) -> bytes:
     try:
-        content = json.loads(path.read_text())
+        return (folder / name).read_bytes()
     except FileNotFoundError:
-        raise HeadError(f"{folder} is not a head: it has no {METADATA_FILE}") from None
-    except (OSError, ValueError, RecursionError) as error:
+        raise HeadError(f"{folder} is not a head: it has no {name}") from None
+    except OSError as error:
+        raise HeadError(f"{folder / name} cannot be read: {error}") from None
+
+
+def _parse_metadata(path: Path, text: bytes) -> HeadMetadata:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise HeadError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise HeadError(f"{path} must hold a JSON object")
@@ -204,12 +226,10 @@ def read_metadata(folder: Path) -> HeadMetadata:
         raise HeadError(f"{path}: {field}: {first['msg']}") from None
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise HeadError(f"{path} is missing")
+def _parse_weights(path: Path, content: bytes) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
+        return load(content)
+    except safetensors.SafetensorError as error:
         raise HeadError(f"{path} is damaged or truncated: {error}") from None
 
 
@@ -228,7 +248,7 @@ def _check_weights(
         raise HeadError(f"{path}: missing {', '.join(missing)}")
     if unknown := sorted(weights.keys() - expected.keys()):
         raise HeadError(f"{path}: unknown {', '.join(unknown)}")
-    for name, tensor in weights.items():
+    for name, tensor in sorted(weights.items()):
         if list(tensor.shape) != expected[name]:
             raise HeadError(
                 f"{path}: {name} has shape {list(tensor.shape)}, "

@@ -8,6 +8,7 @@ from vllm.outputs import CompletionOutput, RequestOutput, SamplingMask
 from adaptive_head.checkpoint import BaseModelIdentity, HeadMetadata
 from adaptive_head.options import parse_request, resolve_options
 from server.admission import AdaptiveState
+from server.heads import HeadRegistry
 from server.metrics import AdaptiveMetrics
 from server.report import PromptReport, Report
 
@@ -36,10 +37,9 @@ HEADS = {"tok": describe_head(), "seq": describe_head("sequence")}
 
 
 def make_state(**changes) -> AdaptiveState:
-    heads = changes.get("heads", HEADS)
+    heads = changes.pop("heads", HEADS)
     fields = {
-        "heads": heads,
-        "default_head": next(iter(heads), None),
+        "heads": HeadRegistry(heads, next(iter(heads), None)),
         "adaptive_by_default": False,
         "served_names": (MODEL, "smol-2"),
         "tokenize_marker": lambda marker: [7],
