@@ -35,7 +35,7 @@ class PrometheusAPI:
     """
 
     def __init__(self, url: str, end: float, seconds: float) -> None:
-        self._http = httpx.Client(base_url=url, timeout=30)
+        self._url = url.rstrip("/")
         self.start, self.end = end - seconds, end
         self._step = max(seconds / MAX_POINTS, 1)
 
@@ -61,7 +61,7 @@ class PrometheusAPI:
         ]
 
     def _ask(self, endpoint: str, form: dict[str, Any]) -> list[Series]:
-        answer = self._http.post(f"/api/v1/{endpoint}", data=form).json()
+        answer = httpx.post(f"{self._url}/api/v1/{endpoint}", data=form, timeout=30).json()
         if answer["status"] != "success":
             raise RuntimeError(f"Prometheus: {answer['error']} in {form['query']}")
         return [_read_series(found) for found in answer["data"]["result"]]

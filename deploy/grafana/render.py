@@ -8,13 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
 import typer
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.dates import AutoDateLocator, DateFormatter
@@ -54,7 +49,7 @@ class Page:
         self._width = NUM_COLUMNS * COLUMN_WIDTH
         self._height = num_rows * ROW_HEIGHT + self._top + GAP
         size = self._width / DPI, self._height / DPI
-        self.figure: Figure = pyplot.figure(figsize=size, dpi=DPI, facecolor=PAGE)
+        self.figure = Figure(figsize=size, dpi=DPI, facecolor=PAGE)
         self._write(2 * GAP, 26, title, size=13, weight="bold")
         start, end = (
             datetime.fromtimestamp(when, UTC) for when in (prometheus.start, prometheus.end)
