@@ -178,8 +178,7 @@ def load_head(
     weights = _parse_weights(folder / WEIGHTS_FILE, weighed)
     # Before the network is made: a damaged size would ask for more memory than there is.
     _check_weights(folder / WEIGHTS_FILE, weights, _expected_shapes(metadata.config))
-    network = AdaptiveHead(metadata.config)
-    network.load_state_dict(weights)
+    network = AdaptiveHead.from_weights(metadata.config, weights)
     return LoadedHead(
         metadata=metadata,
         network=network.requires_grad_(False).eval(),

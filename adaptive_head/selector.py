@@ -109,6 +109,9 @@ class TemperatureSelector:
             # Never given out again: a step of an aborted request may still be under way.
             self._policies[index] = self._forgotten
 
+    def has_head(self, name: str, generation: int) -> bool:
+        return ("head", name, generation) in self._policy_index
+
     def can_serve(self, options: Options) -> bool:
         """Whether the policy and the head of these options are here."""
         return self._find_key(options) in self._policy_index

@@ -14,11 +14,14 @@ from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.logger import init_logger
 
 from adaptive_head.checkpoint import HeadError
+from adaptive_head.vllm import LOADING
 from adaptive_head.vllm.heads import HeadVerifier
 from adaptive_head.vllm.settings import check_head_name
 from server.heads import Canary, HeadRegistry, ServedHead
 from server.metrics import AdaptiveMetrics
 
+# Each poll is a pause of well below a millisecond between two of the engine's steps.
+POLL_INTERVAL_S = 0.05
 # No separator of paths, no name that a folder cannot have or that a label would need quotes for.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -171,13 +174,16 @@ class HeadControl:
 
     async def _load_in_workers(self, name: str, generation: int, path: Path, digest: str) -> None:
         try:
-            reasons = await self._call_workers("add_head", name, generation, str(path), digest)
-        except Exception:
+            while True:
+                states = await self._call_workers("add_head", name, generation, str(path), digest)
+                for reason in set(states) - {LOADING, None}:
+                    raise WorkerError(f"a worker could not load head {name!r}: {reason}")
+                if LOADING not in states:
+                    return
+                await asyncio.sleep(POLL_INTERVAL_S)
+        except BaseException:
             self._release(name, generation)
             raise
-        for reason in filter(None, reasons):
-            self._release(name, generation)
-            raise WorkerError(f"a worker could not load head {name!r}: {reason}")
 
     async def _call_workers(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every worker of every data-parallel engine; their results."""

@@ -1,5 +1,6 @@
 """The heads of an engine, loaded and checked against the model that it serves."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +63,38 @@ class HeadVerifier:
                 "(verify_base in --additional-config)"
             )
         return head
+
+
+class HeadLoader:
+    """Loads heads in a thread of its own, so that the worker goes on meanwhile."""
+
+    def __init__(self, config: "VllmConfig") -> None:
+        self._verifier = HeadVerifier(config)
+        self._executor = ThreadPoolExecutor(1, "head-loader")
+        self._loading: dict[tuple[str, int], Future[LoadedHead]] = {}
+
+    def poll(self, key: tuple[str, int], folder: Path, digest: str) -> LoadedHead | None:
+        """Begin to load a head at the first call for its key; the head, or None while it loads.
+
+        Args:
+            digest: that the head must have.
+
+        Raises:
+            HeadError: it is damaged, was made for another model, or has another digest.
+        """
+        if key not in self._loading:
+            self._loading[key] = self._executor.submit(self._verifier.load, folder)
+        if not self._loading[key].done():
+            return None
+        head = self._loading.pop(key).result()
+        if head.digest != digest:
+            raise HeadError(f"{folder} has changed while it was being loaded")
+        return head
+
+    def cancel(self, key: tuple[str, int]) -> None:
+        """Forget a head that may be loading."""
+        if (loading := self._loading.pop(key, None)) is not None:
+            loading.cancel()
 
 
 def fingerprint_served(config: "VllmConfig") -> str | None:

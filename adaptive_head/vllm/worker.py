@@ -9,12 +9,13 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from adaptive_head.selector import TemperatureSelector
+from adaptive_head.vllm import LOADING
 from adaptive_head.vllm.compat import check_version, refuse_unsupported, refuse_v1
 
 check_version(__version_tuple__)
 
 # A clear refusal comes first.
-from adaptive_head.vllm.heads import HeadVerifier, load_heads  # noqa: E402
+from adaptive_head.vllm.heads import HeadLoader, load_heads  # noqa: E402
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -55,7 +56,7 @@ class AdaptiveWorker(PlatformWorker):
     # What the API process calls by vLLM's `collective_rpc`, on every rank.
 
     def add_head(self, name: str, generation: int, folder: str, digest: str) -> str | None:
-        """Load a head beside those that serve.
+        """Load a head beside those that serve. To be called again for as long as it is `LOADING`.
 
         An exception would end a multi-process executor's count of replies, so what is wrong is
         returned.
@@ -64,13 +65,14 @@ class AdaptiveWorker(PlatformWorker):
             digest: of the head's files, as the API process has read them.
 
         Returns:
-            Why the head cannot be loaded, or None.
+            LOADING, None where the head serves from the next step on, or why it cannot be loaded.
         """
         try:
-            if (selector := self._find_selector()) is not None:
-                head = self._verifier.load(Path(folder))
-                if head.digest != digest:
-                    return f"{folder} has changed while it was being loaded"
+            selector = self._find_selector()
+            if selector is not None and not selector.has_head(name, generation):
+                head = self._loader.poll((name, generation), Path(folder), digest)
+                if head is None:
+                    return LOADING
                 selector.add_head(name, generation, head.network)
         except Exception as error:
             logger.exception("Cannot load head %s", name)
@@ -80,11 +82,12 @@ class AdaptiveWorker(PlatformWorker):
     def remove_head(self, name: str, generation: int) -> None:
         """Forget a head that no request has any more, or that not every rank could load."""
         if (selector := self._find_selector()) is not None:
+            self._loader.cancel((name, generation))
             selector.remove_head(name, generation)
 
     @cached_property
-    def _verifier(self) -> HeadVerifier:
-        return HeadVerifier(self.vllm_config)
+    def _loader(self) -> HeadLoader:
+        return HeadLoader(self.vllm_config)
 
     def _find_selector(self) -> TemperatureSelector | None:
         is_sampling = get_pp_group().is_last_rank

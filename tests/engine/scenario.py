@@ -7,11 +7,13 @@ a batch {"load": [name, generation, head]} loads one of the engine's heads again
 
 import json
 import sys
+import time
 from pathlib import Path
 
 from vllm import LLM, SamplingParams
 
 from adaptive_head import load_head
+from adaptive_head.vllm import LOADING
 
 
 def run(scenario: dict) -> dict:
@@ -32,10 +34,13 @@ def run(scenario: dict) -> dict:
 def load(llm: LLM, name: str, generation: int, head: str, config: dict) -> list[str | None]:
     folder = config["adaptive"]["heads"][head]
     right, wrong = load_head(Path(folder)).digest, "0" * 64
-    return [
-        llm.collective_rpc("add_head", args=(name, generation, folder, digest))[0]
-        for digest in (wrong, right)
-    ]
+    results = []
+    for digest in (wrong, right):
+        call = name, generation, folder, digest
+        while (result := llm.collective_rpc("add_head", args=call)[0]) == LOADING:
+            time.sleep(0.01)
+        results.append(result)
+    return results
 
 
 def describe(answer) -> dict:

@@ -13,7 +13,7 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from adaptive_head import AdaptiveHead, HeadConfig, TemperatureSelector, load_head, save_head
 from adaptive_head.checkpoint import BaseModelIdentity
 from adaptive_head.options import parse_request, resolve_options
-from adaptive_head.vllm.heads import HeadVerifier
+from adaptive_head.vllm.heads import HeadLoader
 from adaptive_head.vllm.worker import AdaptiveWorker
 from server.head_control import HeadControl
 from server.head_routes import ADMIN_KEY_HEADER, HEADS_PATH, make_head_router
@@ -33,7 +33,7 @@ class Worker:
     remove_head = AdaptiveWorker.remove_head
 
     def __init__(self, config, heads) -> None:
-        self._verifier = HeadVerifier(config)
+        self._loader = HeadLoader(config)
         networks = {name: load_head(folder).network for name, folder in heads.items()}
         self.selector = TemperatureSelector(networks, 1, torch.device("cpu"))
 
@@ -53,6 +53,10 @@ class Engines:
         assert utility == "collective_rpc" and timeout is None and kwargs is None
         await asyncio.sleep(0)
         return [[getattr(worker, method)(*args) for worker in engine] for engine in self.workers]
+
+    @property
+    def num_policies(self) -> list[int]:
+        return [len(worker.selector._policies) for engine in self.workers for worker in engine]
 
     @property
     def loaded(self) -> list[set[tuple[str, int]]]:
@@ -142,6 +146,7 @@ async def test_a_head_is_loaded_by_every_worker_and_then_served(setup, save):
     assert (shown["id"], shown["generation"], shown["level"]) == ("c", 1, "sequence")
     assert not shown["default"] and shown["canary"] is None
     assert server.engines.loaded == [{("a", 0), ("b", 0), ("c", 1)}] * 4
+    assert server.engines.num_policies == [4 + 3] * 4, "a worker that has it loads it once more"
     assert choose(server.registry, head="c")[0].generation == 1
     assert sample(server.metrics, "adaptive_head_info", head="c", level="sequence") == 1
     changes = "adaptive_head_changes_total"
@@ -223,6 +228,7 @@ async def test_a_head_that_changes_while_it_is_loaded_changes_nothing(setup, sav
     load, other = server.engines.call_utility_all_async, save("d", seed=5)
 
     async def exchange_first(*args):
+        monkeypatch.setattr(server.engines, "call_utility_all_async", load)
         (other / "head.safetensors").replace(path / "head.safetensors")
         return await load(*args)
 
