@@ -39,11 +39,12 @@ EMPTY = {"Alerts"}
 
 @dataclass
 class Load:
-    """What clients have been told: choices by head and temperature, and tokens at fixed ones."""
+    """What clients have been told, and by how much the server's counters have risen."""
 
     choices: dict[str, Counter[float]] = field(default_factory=dict)
     num_fixed_tokens: int = 0
-    rise: Callable[..., float] = lambda name, **labels: 0.0
+    tokens_by_head: dict[str, float] = field(default_factory=dict)
+    num_generated: float = 0.0
 
     def count(self, answer: dict, num_tokens: int) -> None:
         adaptive = answer.get("adaptive")
@@ -122,9 +123,7 @@ def canary(server, heads, prometheus) -> Iterator[str]:
 def load(server, canary, prometheus) -> Load:
     """A minute's work or less: heads, a policy, fixed temperatures, streams and a mistake."""
     load = Load()
-    names = ("adaptive_temperature_count", "vllm:generation_tokens_total")
-    before = {(name, head): read(server, name, head) for name in names for head in (None, *HEADS)}
-    load.rise = lambda name, head=None: read(server, name, head) - before[name, head]
+    before = read_counters(server)
     bodies = [
         {"temperature": "adaptive", "adaptive": {"head": "tok"}, "max_tokens": 12},
         {"temperature": "adaptive", "adaptive": {"head": "tok"}, "max_tokens": 9},
@@ -144,14 +143,20 @@ def load(server, canary, prometheus) -> Load:
             for answered in asked:
                 load.count(*answered.result())
         assert server.post("/v1/completions", {"model": MODEL, "prompt": 1.5}).status_code == 400
-        total = read(server, names[0])
-        wait_until(lambda total=total: query(prometheus, f"sum({names[0]})") == total)
-        time.sleep(2)  # two looks at what has become of it
+        total = server.sum_metric("adaptive_temperature_count")
+        wait_until(
+            lambda total=total: query(prometheus, "sum(adaptive_temperature_count)") == total
+        )
+        time.sleep(2)  # for the rules, and for one more look
+    rises = {name: value - before[name] for name, value in read_counters(server).items()}
+    load.num_generated = rises.pop("generated")
+    load.tokens_by_head = rises
     return load
 
 
-def read(server, name: str, head: str | None = None) -> float:
-    return server.sum_metric(name, **({"head": head} if head else {}))
+def read_counters(server) -> dict[str, float]:
+    tokens = {head: server.sum_metric("adaptive_temperature_count", head=head) for head in HEADS}
+    return tokens | {"generated": server.sum_metric("vllm:generation_tokens_total")}
 
 
 def ask(server, prompt: str, body: dict) -> tuple[dict, int]:
@@ -188,12 +193,9 @@ def has_numbers(found: list) -> bool:
 
 
 def test_histograms_count_what_the_clients_count(load, prometheus):
-    assert load.choices.keys() == set(HEADS)
-    for head in HEADS:
-        num_tokens = load.choices[head].total()
-        assert load.rise("adaptive_temperature_count", head) == num_tokens
-    total = sum(counts.total() for counts in load.choices.values())
-    assert load.rise("vllm:generation_tokens_total") - total == load.num_fixed_tokens == 140
+    told = {head: counts.total() for head, counts in load.choices.items()}
+    assert load.tokens_by_head == told
+    assert load.num_generated - sum(told.values()) == load.num_fixed_tokens == 140
     for bound, share in (("0.0", (0.0,)), ("0.2", (0.0, 0.2))):
         selector = f'adaptive_temperature_bucket{{head="{CANARY}", le="{bound}"}}'
         assert query(prometheus, selector) == sum(load.choices[CANARY][value] for value in share)
