@@ -115,11 +115,12 @@ class Page:
                 below |= dict(zip(series.times, values, strict=True))
             axes.plot(times, values, color=color, lw=1.4, ds=style, label=name)
             axes.fill_between(times, floor, values, color=color, alpha=opacity, lw=0)
-        top = defaults.get("max") or max(axes.get_ylim()[1], 1e-9)
+        highest = max(np.nanmax(line.get_ydata(), initial=0) for line in axes.lines)
+        top = defaults.get("max") or highest or 1
         if "thresholdsStyle" in custom:
             axes.axhline(defaults["thresholds"]["steps"][1]["value"], color=BAD, lw=1, ls="--")
         axes.set_ylim(0, 1.04 * top)
-        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(
             FuncFormatter(lambda value, _: format_value(value, defaults.get("unit")))
         )

@@ -32,8 +32,8 @@ def add_now(dashboard: Dashboard) -> None:
         "Alerts",
         "Firing and pending. An alert's name leads to the run-books.",
         active,
-        {label: label.removesuffix("name") for label in ("alertname", "alertstate", "severity")}
-        | {label: label for label in ("model", "head", "instance")},
+        {"alertname": "alert", "alertstate": "state"}
+        | {label: label for label in ("severity", "model", "model_name", "head", "instance")},
         "none",
         width=10,
     )
