@@ -72,7 +72,7 @@ class Page:
         defaults = panel.get("fieldConfig", {}).get("defaults", {})
         if (unit := defaults.get("unit", "")).endswith("/s"):
             self._write(left + width - 12, top + 18, unit, FAINT, 8, ha="right")
-        margins = {"timeseries": (44, 32, 14, 56), "heatmap": (40, 32, 40, 28)}
+        margins = {"timeseries": (44, 32, 24, 56), "heatmap": (40, 32, 40, 28)}
         a, b, c, d = margins.get(panel["type"], (10, 26, 10, 6))
         axes = self.figure.add_axes(
             self._box(left + a, top + b, width - a - c, height - b - d), facecolor="none"
