@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import numpy as np
 import typer
 from matplotlib.axes import Axes
@@ -253,8 +254,12 @@ def main(
 ) -> None:
     """Draw the dashboard without Grafana, from the same queries."""
     api = PrometheusAPI(prometheus, time.time(), 60 * minutes)
-    heads = sorted({series.labels["head"] for series in api.query("adaptive_requests_total")})
-    page = Page(api, read_panels(heads, rate), "Adaptive temperatures")
+    try:
+        heads = sorted({series.labels["head"] for series in api.query("adaptive_requests_total")})
+        page = Page(api, read_panels(heads, rate), "Adaptive temperatures")
+    except httpx.HTTPError as error:
+        message = f"no answer from {prometheus}: {error}"
+        raise typer.BadParameter(message, param_hint="--prometheus") from None
     page.figure.savefig(out)
 
 

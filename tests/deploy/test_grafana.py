@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import typer
 import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
@@ -19,6 +20,7 @@ from deploy.grafana import queries
 from deploy.grafana.alerts import read_thresholds
 from deploy.grafana.queries import PrometheusAPI, read_panels
 from deploy.grafana.render import Page, format_value
+from deploy.grafana.render import main as draw
 from tests.deploy.test_prometheus import ALERTS
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +147,11 @@ def test_a_refused_query_is_an_error_that_names_it(answer):
     api = answer({"status": "error", "error": "parse error"})
     with pytest.raises(RuntimeError, match=r"parse error in sum\("):
         api.query("sum(")
+
+
+def test_a_prometheus_that_is_not_there_is_named():
+    with pytest.raises(typer.BadParameter, match=r"no answer from http://127\.0\.0\.1:1: "):
+        draw("http://127.0.0.1:1", Path("unused.png"))
 
 
 def test_an_answer_of_prometheus_is_read(answer):
