@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_fastapi_instrumentator import metrics as http_metrics
 
 from server.metrics import AdaptiveMetrics
+from tests.programs import require
 from tests.server.fakes import HEADS
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +37,7 @@ SUFFIXES = {
 
 
 def run(command: str) -> None:
-    if shutil.which("promtool") is None:
-        pytest.skip("promtool is not installed (Debian's package `prometheus`)")
+    require("promtool", "prometheus")
     done = subprocess.run(["bash", "-euc", command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -24,6 +24,7 @@ from adaptive_head.heads import SHIPPED_HEADS
 from deploy.grafana.queries import PrometheusAPI, read_panels
 from server.head_routes import ADMIN_KEY_HEADER, HEADS_PATH
 from tests.deploy.test_prometheus import ALERTS, RULES
+from tests.programs import require
 from tests.server.conftest import ADMIN_KEY, MODEL, find_free_port
 
 pytestmark = pytest.mark.engine
@@ -59,8 +60,6 @@ class Load:
 @pytest.fixture(scope="module")
 def prometheus(server, tmp_path_factory) -> Iterator[httpx.Client]:
     """Prometheus with our rules; it looks every second."""
-    if shutil.which("prometheus") is None:
-        pytest.skip("prometheus is not installed")
     folder = tmp_path_factory.mktemp("prometheus")
     configuration = yaml.safe_load(CONFIGURATION.read_text())
     configuration["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
@@ -71,7 +70,7 @@ def prometheus(server, tmp_path_factory) -> Iterator[httpx.Client]:
     (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
     address = f"127.0.0.1:{find_free_port()}"
     command = [
-        "prometheus",
+        require("prometheus", "prometheus"),
         f"--config.file={folder}/prometheus.yml",
         f"--storage.tsdb.path={folder}/data",
         f"--web.listen-address={address}",
