@@ -1,13 +1,11 @@
 """A browser without a window, and the playground in it as a user finds it."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -15,7 +13,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from tests.programs import require
+
 TIMEOUT_S = 30
+
 RUN_KEYS = Keys.CONTROL + Keys.ENTER
 OPTIONS = (
     "--headless=new",
@@ -61,15 +62,12 @@ return arguments[0].map((element) => {
 @contextmanager
 def open_browser(profile: Path) -> Iterator[webdriver.Chrome]:
     """Chromium with a profile of its own; the test is skipped where there is none."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs Debian's chromium and chromium-driver")
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = require("chromium", "chromium")
     for option in (*OPTIONS, f"--user-data-dir={profile}"):
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options, Service(driver))
+    browser = webdriver.Chrome(options, Service(require("chromedriver", "chromium-driver")))
     try:
         yield browser
     finally:

@@ -1,0 +1,77 @@
+# docker build .                                               serves on a CPU
+# docker build --build-arg BASE=vllm/vllm-openai:v0.32.0 .     serves on NVIDIA GPUs
+# docker build --target load .                                 locust, without vLLM
+#
+# How to run them: docs/deployment.md.
+
+ARG PYTHON_BASE=python:3.12.11-slim-bookworm
+# vLLM's own images bring what is hard: its kernels and the build of PyTorch that they need.
+ARG BASE=vllm/vllm-openai-cpu:v0.32.0
+
+
+FROM ${PYTHON_BASE} AS wheel
+WORKDIR /source
+RUN python3 -m pip install --no-cache-dir build==1.3.0
+COPY . .
+RUN python3 -m build --wheel --outdir /dist
+
+
+FROM ${PYTHON_BASE} AS load
+RUN useradd --uid 10001 --gid 0 --no-create-home locust \
+    && python3 -m pip install --no-cache-dir "locust>=2.40,<3" "httpx>=0.27,<1" "numpy>=1.26,<3" \
+    "prometheus-client>=0.20,<1" "pydantic>=2.7,<3" "pyyaml>=6,<7"
+WORKDIR /app
+COPY loadtests loadtests
+ENV PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONPATH=/app
+USER 10001:0
+EXPOSE 8089
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["locust", "--locustfile=loadtests/locustfile.py"]
+
+
+FROM ${BASE} AS server
+USER 0
+COPY --from=wheel /dist /tmp/dist
+# What the base brought stays as it is: the constraints name it all.
+RUN python3 -m pip list --format=freeze >/tmp/base.txt \
+    && python3 -m pip install --no-cache-dir --constraint=/tmp/base.txt /tmp/dist/*.whl \
+    && rm -r /tmp/base.txt /tmp/dist \
+    # Group 0, as OpenShift runs any user in it.
+    && useradd --uid 10001 --gid 0 --home-dir /cache --no-create-home adaptive \
+    && install --directory --owner=10001 --group=0 --mode=2770 /cache
+
+# 1: the image carries SmolLM2-135M-Instruct; else it is prepared at the first start.
+ARG BAKE_MODEL=""
+# Empty means below $HOME, which is the volume. USER is for users that /etc/passwd lacks.
+ENV HOME=/cache \
+    HF_HOME=/cache/huggingface \
+    ADAPTIVE_HEAD_CACHE=${BAKE_MODEL:+/opt/adaptive-head} \
+    PYTHONDONTWRITEBYTECODE=1 \
+    USER=adaptive
+RUN if [ -n "$BAKE_MODEL" ]; then \
+    python3 -m adaptive_head.embedded_model \
+    && chmod -R a+rX "$ADAPTIVE_HEAD_CACHE" \
+    && rm -rf /tmp/*; fi
+
+USER 10001:0
+WORKDIR /cache
+# Fails where the base keeps its Python from every user but root.
+RUN python3 -c "import vllm; from adaptive_head.vllm.compat import check_version; \
+check_version(vllm.__version_tuple__)" \
+    && rm -rf "/tmp/torchinductor_$USER"
+
+ARG VERSION=0.1.0
+ARG REVISION=""
+LABEL org.opencontainers.image.title="adaptive-head-server" \
+    org.opencontainers.image.description="OpenAI-compatible server that picks its temperature" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}"
+
+VOLUME /cache
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
+    CMD ["curl", "--fail", "--silent", "--output", "/dev/null", "http://127.0.0.1:8000/health"]
+ENTRYPOINT ["adaptive-serve"]

@@ -1,0 +1,19 @@
+"""Programs that tests run and Python's packages do not bring."""
+
+import os
+import shutil
+
+import pytest
+
+
+def require(program: str, package: str) -> str:
+    """The path of a program. Without it the test is skipped, but for CI, where it fails.
+
+    Args:
+        package: Debian's package that has it.
+    """
+    path = shutil.which(program)
+    if path is None:
+        leave = pytest.fail if os.environ.get("CI") else pytest.skip
+        leave(f"{program} is not installed (Debian's package {package})")
+    return path
