@@ -1,0 +1,91 @@
+"""`python -m loadtests`."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from loadtests.scenario import ScenarioError, list_scenarios, load_scenario
+from loadtests.settings import DEFAULT_SCENARIO, DURATION, SCALE, SCENARIO, read_scenario
+
+LOCUSTFILE = Path(__file__).parent / "locustfile.py"
+URL = "http://127.0.0.1:8000"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Load tests of a running adaptive-head-server.",
+)
+
+Url = Annotated[str, typer.Option(help="The server's address, without /v1.")]
+Name = Annotated[str, typer.Option("--scenario", help="A scenario's name, or a YAML file.")]
+Scale = Annotated[float, typer.Option(min=0.001, help="Times the scenario's users.")]
+
+
+@app.command()
+def run(
+    url: Url = URL,
+    scenario: Name = DEFAULT_SCENARIO,
+    scale: Scale = 1.0,
+    duration: Annotated[
+        float | None, typer.Option(min=1, help="Seconds in all, instead of the scenario's.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for locust's CSV files and its HTML report.")
+    ] = None,
+    web: Annotated[bool, typer.Option(help="Serve locust's web page instead, on 8089.")] = False,
+) -> None:
+    """Run a scenario. Exits with 1 if anything is not as it must be."""
+    environment = {SCENARIO: scenario, SCALE: str(scale), DURATION: str(duration or "")}
+    try:
+        read_scenario(environment)
+    except ScenarioError as error:
+        refuse(error)
+    options = ["--web-host", "127.0.0.1"] if web else ["--headless", "--only-summary"]
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        options += ["--csv", str(out / "locust"), "--html", str(out / "locust.html")]
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--host", url, *options]
+    # In place of this process, so that signals and the exit code are locust's.
+    os.execve(sys.executable, command, os.environ | environment)
+
+
+@app.command()
+def scenarios() -> None:
+    """List the scenarios that ship."""
+    for name in list_scenarios():
+        scenario = load_scenario(name)
+        typer.echo(f"{name:<12}{scenario.duration:>7g} s  {scenario.about}")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Any other option is adaptive-serve's: the model, --head, --served-model-name...",
+)
+def mock_server(
+    context: typer.Context,
+    ttft: Annotated[float, typer.Option(min=0, help="Seconds to the first token.")] = 0.05,
+    itl: Annotated[float, typer.Option(min=0, help="Seconds between two tokens.")] = 0.01,
+    jitter: Annotated[
+        float, typer.Option(min=0, max=1, help="Share by which these vary, either way.")
+    ] = 0.0,
+    stock: Annotated[
+        bool, typer.Option(help="vLLM's own front end, without adaptive temperatures.")
+    ] = False,
+) -> None:
+    """Serve without a model: the real front end, over an engine that sends tokens at set times."""
+    from loadtests.mock_server import serve
+
+    try:
+        serve(context.args, ttft, itl, jitter, stock)
+    except (ValueError, OSError) as error:
+        refuse(error)
+
+
+def refuse(error: object) -> NoReturn:
+    """Say one sentence, and exit with 2."""
+    typer.echo(f"loadtests: {error}", err=True)
+    raise typer.Exit(2)
