@@ -5,10 +5,15 @@ than it has received, and no more than it asked for. So the clients' count is a 
 where every answer came whole.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loadtests.target import ADAPTIVE_TOKENS, ALL_TOKENS
+from loadtests.target import ADAPTIVE_TOKENS, ALL_TOKENS, RUNNING, WAITING, read_counters
+
+_POLL_S = 0.1
+# The server may count an answer's last tokens shortly after it has sent them.
+_SETTLE_S = 5.0
 
 
 @dataclass
@@ -63,6 +68,43 @@ class Accounts:
         ]
         num_open = sum(entry.low != entry.high for entry in self.entries)
         return f"{'; '.join(parts)} ({num_open} of {len(self.entries)} requests did not end whole)"
+
+
+def close_accounts(
+    accounts: Accounts, url: str, before: Mapping[str, float], max_wait: float
+) -> tuple[list[str], str]:
+    """Wait until the server is idle, and compare.
+
+    Args:
+        before: what the server had counted before the first request.
+        max_wait: seconds that it may still be busy.
+
+    Returns:
+        A sentence for each thing that is wrong, and one with both counts.
+
+    Raises:
+        TargetError: the server does not answer.
+    """
+    deadline = time.monotonic() + max_wait
+    while num_busy := _count_busy(read_counters(url)):
+        if time.monotonic() > deadline:
+            sentence = (
+                f"{num_busy:g} requests still ran or waited {max_wait:g} s after the last user "
+                "had left (limits.max_idle_wait)"
+            )
+            return [sentence], "not compared"
+        time.sleep(_POLL_S)
+    deadline = time.monotonic() + _SETTLE_S
+    while True:
+        after = read_counters(url)
+        wrong = accounts.compare(before, after)
+        if not wrong or time.monotonic() > deadline:
+            return wrong, accounts.describe(before, after)
+        time.sleep(_POLL_S)
+
+
+def _count_busy(counters: Mapping[str, float]) -> float:
+    return counters[RUNNING] + counters[WAITING]
 
 
 def _format(low: int, high: int) -> str:

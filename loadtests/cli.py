@@ -54,6 +54,45 @@ def run(
 
 
 @app.command()
+def compare(
+    url: Url = URL,
+    fixed_url: Annotated[
+        str | None, typer.Option(help="Another server for the fixed requests, such as stock vLLM.")
+    ] = None,
+    scenario: Name = DEFAULT_SCENARIO,
+    scale: Scale = 1.0,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of blocks.")] = 10,
+    requests: Annotated[int, typer.Option(min=1, help="Of each user in a block.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("comparison"),
+) -> None:
+    """Measure adaptive against fixed in turns; write HTML, Markdown and plots."""
+    from loadtests.compare import CompareError, make_plan
+    from loadtests.compare import compare as measure_and_report
+
+    try:
+        plan = make_plan(
+            load_scenario(scenario).adjust(scale), url, fixed_url or url, pairs, requests
+        )
+        measurements, rows = measure_and_report(plan, out)
+    except ScenarioError as error:
+        refuse(error)
+    except CompareError:
+        raise typer.Exit(2) from None
+    except ValueError as error:
+        typer.echo(f"loadtests: {error}", err=True)
+        raise typer.Exit(1) from None
+    for row in rows:
+        ratio = row.ratio
+        typer.echo(
+            f"{row.name.partition(',')[0]:<22}{ratio.mean:.3f}  [{ratio.low:.3f}, {ratio.high:.3f}]"
+            f"  {row.verdict}"
+        )
+    typer.echo(f"adaptive ÷ fixed, {len(measurements.list_pairs())} pairs: {out / 'report.html'}")
+    if measurements.is_broken:
+        raise typer.Exit(1)
+
+
+@app.command()
 def scenarios() -> None:
     """List the scenarios that ship."""
     for name in list_scenarios():

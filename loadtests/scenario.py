@@ -138,6 +138,10 @@ class Scenario(_Strict):
     def _check(self) -> "Scenario":
         if not any(self.mix.model_dump().values()):
             raise ValueError("mix: at least one weight must be above 0")
+        if self.mix.batch and self.work.batch_n > 1:
+            greedy = [style for style in self.styles if style.temperature == 0]
+            if len(greedy) == len(self.styles):
+                raise ValueError("work.batch_n: must be 1 where every style is greedy")
         return self
 
     @property

@@ -1,20 +1,15 @@
 """A run from its first user to its last, and what must hold at its end."""
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import count
 
 import numpy as np
 
-from loadtests.accounts import Accounts
+from loadtests.accounts import Accounts, close_accounts
 from loadtests.checks import WrongAnswerError
 from loadtests.client import REQUEST, TTFT
 from loadtests.scenario import Scenario
-from loadtests.target import RUNNING, WAITING, Target, TargetError, find_target, read_counters
-
-_POLL_S = 0.1
-# The server may count an answer's last tokens shortly after it has sent them.
-_SETTLE_S = 5.0
+from loadtests.target import Target, TargetError, find_target, read_counters
 
 
 class Session:
@@ -79,10 +74,12 @@ class Session:
             return []
         url, self._target = self._target.url, None
         wrong = list(self._find_broken_limits())
+        max_wait = self.scenario.limits.max_idle_wait
         try:
-            return wrong + self._compare_tokens(url)
+            wrong_tokens, self.summary = close_accounts(self.accounts, url, self._before, max_wait)
         except TargetError as error:
             return [*wrong, f"the server did not survive the run: {error}"]
+        return wrong + wrong_tokens
 
     def _find_broken_limits(self) -> Iterator[str]:
         limits = self.scenario.limits
@@ -102,26 +99,3 @@ class Session:
                     f"5 % of the streams took {ttft:.2f} s or more to begin, and may take "
                     f"{limits.max_ttft:g} (limits.max_ttft)"
                 )
-
-    def _compare_tokens(self, url: str) -> list[str]:
-        max_wait = self.scenario.limits.max_idle_wait
-        deadline = time.monotonic() + max_wait
-        while num_busy := _count_busy(read_counters(url)):
-            if time.monotonic() > deadline:
-                return [
-                    f"{num_busy:g} requests still ran or waited {max_wait:g} s after the last "
-                    "user had left (limits.max_idle_wait)"
-                ]
-            time.sleep(_POLL_S)
-        deadline = time.monotonic() + _SETTLE_S
-        while True:
-            after = read_counters(url)
-            wrong = self.accounts.compare(self._before, after)
-            if not wrong or time.monotonic() > deadline:
-                self.summary = self.accounts.describe(self._before, after)
-                return wrong
-            time.sleep(_POLL_S)
-
-
-def _count_busy(counters: Mapping[str, float]) -> float:
-    return counters[RUNNING] + counters[WAITING]

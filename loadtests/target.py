@@ -44,8 +44,11 @@ def find_target(url: str, styles: Iterable[Style]) -> Target:
         TargetError: nobody answers there, it is another kind of server, or it refuses a style.
     """
     url = url.rstrip("/").removesuffix("/v1")
+    styles = list(styles)
     models = _ask(url, "/v1/models")
-    described = _ask(url, "/v1/adaptive/heads")
+    # vLLM's own server will do where nothing adaptive is asked of it.
+    is_adaptive = any(style.is_adaptive for style in styles)
+    described = _ask(url, "/v1/adaptive/heads") if is_adaptive else {"data": []}
     read_counters(url)
     try:
         model = models["data"][0]["id"]
@@ -81,6 +84,11 @@ def read_counters(url: str) -> dict[str, float]:
     if ALL_TOKENS not in found:
         raise TargetError(f"{url}/metrics has no {ALL_TOKENS}: is --disable-log-stats on?")
     return counters
+
+
+def read_version(url: str) -> str:
+    """The server's version of vLLM."""
+    return str(_ask(url, "/version").get("version"))
 
 
 def _ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> Any:

@@ -1,6 +1,7 @@
 """The requests of a scenario: reproducible from its seed."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,15 +63,22 @@ class Workload:
     Args:
         number: users of one scenario with different numbers ask different things.
         arm: only the styles of this arm, "adaptive" or "fixed"; all of them if None.
+        salt: begins every prompt, so that those of two workloads have nothing in common.
     """
 
     def __init__(
-        self, scenario: Scenario, target: Target, number: str, arm: str | None = None
+        self,
+        scenario: Scenario,
+        target: Target,
+        number: str,
+        arm: str | None = None,
+        salt: str = "",
     ) -> None:
         self._work = scenario.work
         self._target = target
         self._rng = random.Random(f"{scenario.seed}/{number}")
         self._styles = [s for s in scenario.styles if arm in (None, s.arm)]
+        self._salt = salt
         self._chat: list[dict[str, str]] = []
 
     def draw_think_time(self) -> float:
@@ -93,7 +101,7 @@ class Workload:
         question = self._write_question()
         if kind == "long_prompt":
             text = " ".join(self._rng.choices(WORDS, k=self._work.long_prompt_words))
-            messages = [{"role": "user", "content": f"{text}\n\n{question}"}]
+            messages = [{"role": "user", "content": f"{question}\n\n{text}"}]
         else:
             num_asked = sum(message["role"] == "user" for message in self._chat)
             if num_asked >= self._work.turns or (
@@ -103,16 +111,20 @@ class Workload:
             self._chat.append({"role": "user", "content": question})
             messages = list(self._chat)
         fields = {"stream": True, "messages": messages}
-        return self._make(kind, CHAT_PATH, self._draw_tokens(), self._draw_style(), fields=fields)
+        return self._make(
+            kind, CHAT_PATH, self._draw_tokens(), self._draw_style(self._styles), fields=fields
+        )
 
     def _make_batch(self) -> Ask:
-        prompts = [self._write_question() for _ in range(self._work.batch_prompts)]
-        style = self._draw_style()
+        work = self._work
+        prompts = [self._write_question() for _ in range(work.batch_prompts)]
         # vLLM refuses several greedy answers, which would be the same.
-        n = self._work.batch_n if style.temperature else 1
-        fields = {"prompt": prompts, "n": n}
+        styles = [s for s in self._styles if s.temperature != 0 or work.batch_n == 1]
+        style = self._draw_style(styles)
+        num_choices = work.batch_prompts * work.batch_n
+        fields = {"prompt": prompts, "n": work.batch_n}
         return self._make(
-            "batch", COMPLETION_PATH, self._draw_tokens(), style, len(prompts) * n, fields=fields
+            "batch", COMPLETION_PATH, self._draw_tokens(), style, num_choices, fields=fields
         )
 
     def _make_leaving(self) -> Ask:
@@ -121,7 +133,7 @@ class Workload:
             "leaving",
             COMPLETION_PATH,
             self._work.leave_max_tokens,
-            self._draw_style(),
+            self._draw_style(self._styles),
             fields=fields,
         )
         return replace(ask, leave_after=self._work.leave_after)
@@ -146,14 +158,16 @@ class Workload:
             body["stream_options"] = {"include_usage": True}
         return Ask(kind, path, body | style.fields | fields, style, num_choices)
 
-    def _draw_style(self) -> Style:
-        (style,) = self._rng.choices(self._styles, [style.weight for style in self._styles])
+    def _draw_style(self, styles: Sequence[Style]) -> Style:
+        (style,) = self._rng.choices(styles, [style.weight for style in styles])
         return style
 
     def _draw_tokens(self) -> int:
         return self._rng.randint(*self._work.max_tokens)
 
     def _write_question(self) -> str:
-        # The number keeps the server's prefix cache from answering for the model.
+        # The number keeps the server's prefix cache from knowing the prompt already.
         number = self._rng.randrange(10_000)
-        return f"{number}. {self._rng.choice(QUESTIONS)}".format(*self._rng.choices(WORDS, k=2))
+        return f"{self._salt}{number}. {self._rng.choice(QUESTIONS)}".format(
+            *self._rng.choices(WORDS, k=2)
+        )
