@@ -11,8 +11,6 @@ from gevent import monkey
 monkey.patch_all()
 
 import sys
-from collections import Counter
-from collections.abc import Iterator
 from time import perf_counter
 
 from gevent.pool import Group
@@ -20,9 +18,15 @@ from gevent.pool import Group
 from loadtests.accounts import Accounts, close_accounts
 from loadtests.answers import Answer
 from loadtests.client import REQUEST, Client
-from loadtests.measurements import ARMS, KINDS, Arm, Block, Measurements, Plan
-from loadtests.scenario import Mix
-from loadtests.target import Target, TargetError, find_target, read_counters, read_version
+from loadtests.measurements import Arm, Block, Measurements, Plan, assign_kinds, order_blocks
+from loadtests.target import (
+    CPU_SECONDS,
+    Target,
+    TargetError,
+    find_target,
+    read_counters,
+    read_version,
+)
 from loadtests.workload import Workload
 
 
@@ -69,23 +73,6 @@ def measure(plan: Plan) -> Measurements:
     return measurements
 
 
-def order_blocks(num_pairs: int) -> Iterator[tuple[int, Arm]]:
-    """The blocks as (pair, arm): one of each to warm up, then the pairs. Who goes first alternates,
-    so that a machine that becomes slower or faster does so for both."""
-    for pair in range(-1, num_pairs):
-        yield pair, ARMS[pair % 2]
-        yield pair, ARMS[1 - pair % 2]
-
-
-def assign_kinds(mix: Mix, num_users: int) -> list[str]:
-    """What kind each user is: shares as the mix's, as near as so few users allow."""
-    weights = {kind: getattr(mix, kind) for kind in KINDS if getattr(mix, kind)}
-    chosen: Counter[str] = Counter()
-    for _ in range(num_users):
-        chosen[max(weights, key=lambda kind: weights[kind] / (chosen[kind] + 1))] += 1
-    return list(chosen.elements())
-
-
 def run_block(plan: Plan, pair: int, arm: Arm, target: Target, accounts: Accounts) -> Block:
     """Let every user send its requests, one after the other and without pause."""
     block = Block(arm=arm, pair=pair)
@@ -111,6 +98,7 @@ def run_block(plan: Plan, pair: int, arm: Arm, target: Target, accounts: Account
 
     users = Group()
     num_users = max(stage.users for stage in plan.scenario.stages)
+    before = read_counters(target.url)
     start = perf_counter()
     try:
         for number, kind in enumerate(assign_kinds(plan.scenario.mix, num_users)):
@@ -119,6 +107,7 @@ def run_block(plan: Plan, pair: int, arm: Arm, target: Target, accounts: Account
     finally:
         users.kill()
     block.seconds = perf_counter() - start
+    block.cpu_seconds = read_counters(target.url)[CPU_SECONDS] - before[CPU_SECONDS]
     return block
 
 

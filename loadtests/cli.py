@@ -36,7 +36,8 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="Folder for locust's CSV files and its HTML report.")
     ] = None,
-    web: Annotated[bool, typer.Option(help="Serve locust's web page instead, on 8089.")] = False,
+    web: Annotated[bool, typer.Option(help="Serve locust's web page, to start it there.")] = False,
+    web_port: Annotated[int, typer.Option(help="Of that page.")] = 8089,
 ) -> None:
     """Run a scenario. Exits with 1 if anything is not as it must be."""
     environment = {SCENARIO: scenario, SCALE: str(scale), DURATION: str(duration or "")}
@@ -44,7 +45,8 @@ def run(
         read_scenario(environment)
     except ScenarioError as error:
         refuse(error)
-    options = ["--web-host", "127.0.0.1"] if web else ["--headless", "--only-summary"]
+    page = ["--web-host", "127.0.0.1", "--web-port", str(web_port)]
+    options = page if web else ["--headless", "--only-summary"]
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         options += ["--csv", str(out / "locust"), "--html", str(out / "locust.html")]
@@ -122,6 +124,20 @@ def mock_server(
         serve(context.args, ttft, itl, jitter, stock)
     except (ValueError, OSError) as error:
         refuse(error)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def vllm_bench(context: typer.Context) -> None:
+    """`vllm bench serve`, with its options, also where the CPU wheel's `vllm` does not start."""
+    from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="vllm bench serve")
+    add_cli_args(parser)
+    main(parser.parse_args(context.args))
 
 
 def refuse(error: object) -> NoReturn:

@@ -1,10 +1,12 @@
 """What a comparison plans, and what it measures; JSON between two processes and on disk."""
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import BaseModel
 
-from loadtests.scenario import Scenario
+from loadtests.scenario import Mix, Scenario
 
 Arm = Literal["adaptive", "fixed"]
 ARMS: tuple[Arm, Arm] = ("adaptive", "fixed")
@@ -33,6 +35,7 @@ class Block(BaseModel):
     Attributes:
         pair: blocks of the same pair hold the same requests; -1 for those that warm up.
         seconds: from the first request to the last answer's end.
+        cpu_seconds: processor time of the server's API process; 0 if it does not say.
         num_tokens: of all answers.
         ttfts: seconds to the first token, of each stream.
         itls: mean seconds between two tokens, of each stream.
@@ -43,6 +46,7 @@ class Block(BaseModel):
     arm: Arm
     pair: int
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     num_requests: int = 0
     num_tokens: int = 0
     ttfts: list[float] = []
@@ -79,3 +83,22 @@ class Measurements(BaseModel):
     def is_broken(self) -> bool:
         """Whether a request failed, an answer was wrong, or tokens do not add up."""
         return bool(self.wrong_tokens) or any(block.failures for block in self.blocks)
+
+
+def order_blocks(num_pairs: int) -> Iterator[tuple[int, Arm]]:
+    """The blocks as (pair, arm): two to warm up, whose pair is -1, and then the pairs.
+
+    Who goes first alternates (ABBA), so that a machine that becomes slower does so for both.
+    """
+    for pair in range(-1, num_pairs):
+        yield pair, ARMS[pair % 2]
+        yield pair, ARMS[1 - pair % 2]
+
+
+def assign_kinds(mix: Mix, num_users: int) -> list[str]:
+    """What kind each user is: shares as the mix's, as near as so few users allow."""
+    weights = {kind: getattr(mix, kind) for kind in KINDS if getattr(mix, kind)}
+    chosen: Counter[str] = Counter()
+    for _ in range(num_users):
+        chosen[max(weights, key=lambda kind: weights[kind] / (chosen[kind] + 1))] += 1
+    return list(chosen.elements())

@@ -11,6 +11,7 @@ import heapq
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import count
 from time import monotonic
 from types import SimpleNamespace
@@ -30,10 +31,10 @@ from vllm.v1.engine import (
 )
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
-from vllm.v1.outputs import LogprobsLists
+from vllm.v1.outputs import LogprobsLists, SamplingMaskLists
 
 from adaptive_head.checkpoint import read_metadata
-from adaptive_head.options import Options
+from adaptive_head.options import EXTRA_ARGS_KEY, Options
 from adaptive_head.selector import MICRO
 from adaptive_head.vllm.choices import ChoiceLists
 from adaptive_head.vllm.settings import read_settings
@@ -111,7 +112,9 @@ class MockCore(EngineCoreClient):
         num_tokens = params.max_tokens
         if not params.ignore_eos:
             num_tokens = rng.randint(max(1, params.min_tokens), num_tokens)
-        options = Options.from_extra_args(params.extra_args)
+        fields = (params.extra_args or {}).get(EXTRA_ARGS_KEY)
+        # Without the validation, which a real engine does in another process.
+        options = Options(**fields) if fields else None
         answer = Answer(request, params, options, rng, num_tokens)
         self._waiting[request.request_id] = answer
         self._start_waiting()
@@ -200,7 +203,7 @@ class MockCore(EngineCoreClient):
             ]
         if answer.options is not None:
             micro = round(choose_temperature(answer, answer.options, self._heads, position) * MICRO)
-            output.new_sampling_mask = ChoiceLists(np.array([micro], np.int32)).slice_request(0, 1)
+            output.new_sampling_mask = make_choice(micro)
         if answer.params.logprobs is not None:
             output.new_logprobs = make_logprobs(token_id, answer.params.logprobs)
         return output
@@ -226,6 +229,14 @@ def choose_temperature(
     else:
         value = options.parameters[0]
     return min(max(value * options.scale, options.min), options.max)
+
+
+@lru_cache(maxsize=4096)
+def make_choice(micro: int) -> SamplingMaskLists:
+    """A token's temperature as the engine sends it. Made once: a real engine does it elsewhere."""
+    choice = ChoiceLists(np.array([micro], np.int32)).slice_request(0, 1)
+    assert choice is not None
+    return choice
 
 
 def make_logprobs(token_id: int, num_logprobs: int) -> LogprobsLists:

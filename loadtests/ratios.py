@@ -70,6 +70,11 @@ def measure_speed(block: Block) -> float | None:
     return block.num_tokens / block.seconds
 
 
+def measure_cpu(block: Block) -> float | None:
+    """Processor seconds that the API process spends on a request."""
+    return block.cpu_seconds / block.num_requests if block.cpu_seconds else None
+
+
 def measure_requests(block: Block) -> float | None:
     """Requests per second of all users together."""
     return block.num_requests / block.seconds

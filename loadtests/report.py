@@ -16,6 +16,7 @@ from loadtests.ratios import (
     NUM_BOOTSTRAP,
     Ratio,
     compare_blocks,
+    measure_cpu,
     measure_itl,
     measure_requests,
     measure_speed,
@@ -30,6 +31,7 @@ MEASURES = (
     ("time to first token, ms", measure_ttft, 1000, False),
     ("time between tokens, ms", measure_itl, 1000, False),
     ("tokens per second", measure_speed, 1, True),
+    ("front end's CPU time a request, ms", measure_cpu, 1000, False),
 )
 
 

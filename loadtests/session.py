@@ -73,7 +73,7 @@ class Session:
         if self._target is None:
             return []
         url, self._target = self._target.url, None
-        wrong = list(self._find_broken_limits())
+        wrong = list(self.find_broken_limits())
         max_wait = self.scenario.limits.max_idle_wait
         try:
             wrong_tokens, self.summary = close_accounts(self.accounts, url, self._before, max_wait)
@@ -81,7 +81,7 @@ class Session:
             return [*wrong, f"the server did not survive the run: {error}"]
         return wrong + wrong_tokens
 
-    def _find_broken_limits(self) -> Iterator[str]:
+    def find_broken_limits(self) -> Iterator[str]:
         limits = self.scenario.limits
         if not self._num_requests:
             yield "no request came to its end"

@@ -13,6 +13,8 @@ ADAPTIVE_TOKENS = "adaptive_temperature_count"
 ALL_TOKENS = "vllm:generation_tokens_total"
 RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
+# Of the API process; a server with several of them does not say.
+CPU_SECONDS = "process_cpu_seconds_total"
 _TIMEOUT_S = 60.0
 
 
@@ -74,7 +76,8 @@ def read_counters(url: str) -> dict[str, float]:
         TargetError: the server does not say.
     """
     text = _send(url, "/metrics").text
-    counters = dict.fromkeys((ADAPTIVE_TOKENS, ALL_TOKENS, RUNNING, WAITING), 0.0)
+    names = (ADAPTIVE_TOKENS, ALL_TOKENS, RUNNING, WAITING, CPU_SECONDS)
+    counters = dict.fromkeys(names, 0.0)
     found = set()
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
