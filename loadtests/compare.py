@@ -3,10 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loadtests.measurements import KINDS, Measurements, Plan
-from loadtests.report import Row, write_report
 from loadtests.scenario import Scenario, ScenarioError
+
+if TYPE_CHECKING:
+    from loadtests.report import Row
 
 
 class CompareError(Exception):
@@ -36,7 +39,7 @@ def make_plan(
     )
 
 
-def compare(plan: Plan, folder: Path) -> tuple[Measurements, list[Row]]:
+def compare(plan: Plan, folder: Path) -> tuple[Measurements, list["Row"]]:
     """Measure, and write the report into a folder.
 
     Raises:
@@ -54,6 +57,9 @@ def compare(plan: Plan, folder: Path) -> tuple[Measurements, list[Row]]:
     if measuring.returncode:
         raise CompareError
     measurements = Measurements.model_validate_json(output)
+    # Only now, since it takes seconds to import and mistakes should be told at once.
+    from loadtests.report import write_report
+
     return measurements, write_report(measurements, folder)
 
 

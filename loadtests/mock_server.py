@@ -22,6 +22,8 @@ def serve(arguments: list[str], ttft: float, itl: float, jitter: float, is_stock
     else:
         prepare_environment()
     args = prepare_args(*make_parser().parse_known_args(arguments))
+    if max(args.api_server_count or 1, args.data_parallel_size) > 1:
+        raise ValueError("the mock engine lives in one API process: no several servers or engines")
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.v1.engine.core_client import EngineCoreClient
 

@@ -1,24 +1,22 @@
 """The mock server, with the fault that a file names: mistakes that the load tests must find.
 
-Usage: FAULT_FILE OPTION...
+Usage: FAULT_FILE mock-server OPTION...
 """
 
 import sys
 from pathlib import Path
 
-from loadtests.mock_server import serve
-
-FAULTS: dict[str, str] = {
-    "misaligned": "the temperatures that a client receives lack one",
-    "foreign": "a temperature that no head has",
-    "uncounted": "/metrics miss an adaptive token",
-    "deaf": "the engine does not hear that a client has left",
-}
+from loadtests.cli import app
 
 
 def install(fault_file: Path) -> None:
-    """Put the faults into the front end and the mock engine; without a name in the file they
-    leave everything as it is."""
+    """Put faults into the front end and the mock engine, each on while the file has its name.
+
+    - foreign: temperatures that no head has
+    - misaligned: one temperature less than tokens
+    - uncounted: /metrics miss a token
+    - deaf: the engine does not hear that a client has left
+    """
     from loadtests.mock_engine import MockCore
     from server.metrics import AdaptiveMetrics
     from server.report import ChoiceReport
@@ -51,4 +49,4 @@ def install(fault_file: Path) -> None:
 
 if __name__ == "__main__":
     install(Path(sys.argv[1]))
-    serve(sys.argv[2:], ttft=0.01, itl=0.005, jitter=0.5, is_stock=False)
+    app(sys.argv[2:])

@@ -1,26 +1,38 @@
-"""Whole runs against the mock server: as they should be, and with mistakes that must be found."""
+"""Whole runs against the mock server: the document's, and some with mistakes that must be found."""
 
 import csv
 import json
+import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
 import yaml
 
-from loadtests.scenario import load_scenario
+from loadtests.scenario import list_scenarios, load_scenario
+from tests.loadtests.document import ADJUSTED, COMPARE, DOCUMENT, LOCUST, SMOKE, WEB
 from tests.server.conftest import BIN, find_free_port
 
 LOADTESTS = [sys.executable, "-m", "loadtests"]
 
 
-def run(*arguments, **options) -> subprocess.CompletedProcess[str]:
+def run(*arguments) -> subprocess.CompletedProcess[str]:
     command = [*LOADTESTS, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def split(command: str) -> list[str]:
+    """The arguments of one of the document's commands."""
+    python, dash_m, loadtests, *arguments = shlex.split(command)
+    assert (python, dash_m, loadtests) == ("python", "-m", "loadtests")
+    return arguments
 
 
 @pytest.fixture
@@ -37,9 +49,7 @@ def write(tmp_path):
 
 
 def test_a_run_shows_latencies_and_temperatures_and_ends_well(mock, tmp_path):
-    finished = run(
-        "run", "--url", mock.url, "--scenario", "smoke", "--duration", 4, "--out", tmp_path
-    )
+    finished = run(*split(SMOKE), "--url", mock.url, "--duration", 4, "--out", tmp_path)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     with (tmp_path / "locust_stats.csv").open() as file:
         rows = {(row["Type"], row["Name"]): row for row in csv.DictReader(file)}
@@ -56,7 +66,6 @@ def test_a_run_shows_latencies_and_temperatures_and_ends_well(mock, tmp_path):
 
 FAULTS = [
     ("misaligned", "chat", r"WrongAnswerError\(.*temperatures for \d+ tokens"),
-    ("foreign", "chat", r"WrongAnswerError\(.*is none of the head's"),
     (
         "uncounted",
         "chat",
@@ -80,8 +89,8 @@ def test_a_server_with_a_fault_does_not_pass(mock, fault_file, write, fault, kin
     assert re.search(sentence, finished.stdout + finished.stderr)
 
 
-def test_ctrl_c_ends_a_run_with_its_summary(mock):
-    command = [*LOADTESTS, "run", "--url", mock.url, "--scenario", "soak"]
+def test_ctrl_c_ends_a_run_with_its_summary(mock, tmp_path):
+    command = [*LOADTESTS, *split(ADJUSTED), "--url", mock.url, "--out", str(tmp_path)]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         for line in running.stderr:
@@ -104,10 +113,9 @@ def test_ctrl_c_ends_a_run_with_its_summary(mock):
         (["run", "--url", "nonsense"], "nobody answers at 'nonsense'"),
         (["run", "--scenario", "storm"], "there is no scenario 'storm'"),
         (["compare", "--scenario", "storm"], "there is no scenario 'storm'"),
-        (["mock-server", "--head", "/nowhere"], "/nowhere"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, sentence, tmp_path):
+def test_bad_input_is_one_sentence(arguments, sentence):
     finished = run(*arguments)
     assert finished.returncode == 2
     last = finished.stderr.strip().splitlines()[-1]
@@ -118,13 +126,11 @@ def test_bad_input_is_one_sentence(arguments, sentence, tmp_path):
 
 def test_a_server_that_does_not_serve_a_style_is_refused(mock, write):
     styles = [{"temperature": 0.7}, {"temperature": "adaptive", "adaptive": {"head": "lost"}}]
-    scenario = write(styles=styles)
-    for command in (["run"], ["compare"]):
-        finished = run(*command, "--url", mock.url, "--scenario", scenario)
-        assert finished.returncode == 2
-        last = finished.stderr.strip().splitlines()[-1]
-        assert last.startswith("loadtests: the server does not serve styles.")
-        assert "adaptive.head" in last
+    finished = run("run", "--url", mock.url, "--scenario", write(styles=styles))
+    assert finished.returncode == 2
+    last = finished.stderr.strip().splitlines()[-1]
+    assert last.startswith("loadtests: the server does not serve styles.1: ")
+    assert "adaptive.head" in last
 
 
 def test_a_wrong_path_is_refused(mock):
@@ -140,24 +146,36 @@ def test_workers_are_refused():
     assert "run one locust process" in finished.stderr
 
 
-def test_locusts_page_runs_the_scenario_that_the_environment_names(mock, monkeypatch):
-    monkeypatch.setenv("LOADTEST_SCENARIO", "smoke")
-    monkeypatch.setenv("LOADTEST_DURATION", "3")
-    port = find_free_port()
-    options = [f"--host={mock.url}", f"--web-port={port}", "--web-host=127.0.0.1"]
-    command = [str(BIN / "locust"), "-f", "loadtests/locustfile.py", *options]
-    page = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+@contextmanager
+def serving(command: list[str], port: int, **environment: str) -> Iterator[httpx.Client]:
+    """A browser at locust's page."""
+    page = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | environment)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}") as browser:
             wait_until(lambda: browser.get("/").is_success)
-            started = browser.post("/swarm", data={"host": mock.url})
-            assert started.json()["success"]
-            wait_until(lambda: read_state(browser) == "running")
-            wait_until(lambda: read_state(browser) == "stopped")
-            stats = browser.get("/stats/requests").json()["stats"]
+            yield browser
     finally:
         page.terminate()
         page.wait(30)
+
+
+def test_the_command_serves_locusts_page(mock):
+    port = find_free_port()
+    command = [*LOADTESTS, *split(WEB), "--url", mock.url, "--web-port", str(port)]
+    with serving(command, port) as browser:
+        assert read_state(browser) == "ready"
+
+
+def test_locust_alone_runs_what_the_environment_names(mock):
+    port = find_free_port()
+    scenario, locust, *options = shlex.split(LOCUST.replace("http://127.0.0.1:8000", mock.url))
+    command = [str(BIN / locust), *options, f"--web-port={port}", "--web-host=127.0.0.1"]
+    environment = dict([scenario.split("=")], LOADTEST_DURATION="3")
+    with serving(command, port, **environment) as browser:
+        assert browser.post("/swarm", data={"host": mock.url}).json()["success"]
+        wait_until(lambda: read_state(browser) == "running")
+        wait_until(lambda: read_state(browser) == "stopped")
+        stats = browser.get("/stats/requests").json()["stats"]
     measured = {row["method"] for row in stats}
     assert {"request", "TTFT, ms", "ITL, ms", "tokens/s", "temperature, 1/1000"} <= measured
     assert sum(row["num_failures"] for row in stats) == 0, json.dumps(stats, indent=1)
@@ -181,8 +199,7 @@ def wait_until(condition) -> None:
 
 def test_a_comparison_writes_its_report(mock, tmp_path):
     finished = run(
-        *("compare", "--url", mock.url, "--scenario", "steady", "--pairs", 2, "--requests", 1),
-        *("--out", tmp_path),
+        *split(COMPARE), *("--url", mock.url, "--pairs", 2, "--requests", 1, "--out", tmp_path)
     )
     assert finished.returncode == 0, finished.stderr
     assert "adaptive ÷ fixed, 2 pairs" in finished.stdout
@@ -208,3 +225,9 @@ def test_a_comparison_with_wrong_answers_fails(mock, fault_file, write, tmp_path
     )
     assert finished.returncode == 1
     assert "no pair of blocks came to its end without a failure" in finished.stderr
+
+
+def test_the_document_lists_the_scenarios():
+    listed = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", DOCUMENT, re.MULTILINE))
+    found = {name: f"{load_scenario(name).duration:,.0f}" for name in list_scenarios()}
+    assert listed == found

@@ -2,11 +2,14 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
+from server.cli import EMBEDDED_NAME
+from tests.loadtests.document import BENCH
 from tests.server.conftest import MODEL
 
 pytestmark = pytest.mark.engine
@@ -41,12 +44,16 @@ def test_adaptive_and_fixed_are_compared(server, tmp_path):
 
 def test_vllms_benchmark_counts_the_tokens_that_the_server_counts(server, model, tmp_path):
     before = server.sum_metric("adaptive_temperature_count")
+    """The document's command, smaller."""
+    words = shlex.split(
+        BENCH.replace("http://127.0.0.1:8000", server.url)
+        .replace(EMBEDDED_NAME, MODEL)
+        .replace("$(python -m adaptive_head.embedded_model)", str(model))
+    )
     finished = run(
-        *("vllm-bench", "--base-url", server.url, "--backend", "openai-chat"),
-        *("--endpoint", "/v1/chat/completions", "--model", MODEL, "--tokenizer", model),
-        *("--dataset-name", "random", "--random-input-len", 16, "--random-output-len", 8),
-        *("--num-prompts", 3, "--ready-check-timeout-sec", 0, "--ignore-eos"),
-        *("--extra-body", '{"temperature": "adaptive"}'),
+        *words[3:],
+        *("--random-input-len", 16, "--random-output-len", 8, "--num-prompts", 3),
+        *("--ready-check-timeout-sec", 0, "--ignore-eos"),
         *("--save-result", "--result-dir", tmp_path, "--result-filename", "result.json"),
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
