@@ -78,12 +78,18 @@ class Answer:
         """The first choice's."""
         return self.choices[0].text if 0 in self.choices else ""
 
-    def read(self, content: dict[str, Any]) -> bool:
+    def read_json(self, text: bytes) -> bool:
         """Take in a response or a chunk. Returns whether it brought tokens.
 
         Raises:
-            ServerError: it is an error.
+            ServerError: it is an error, or nothing of OpenAI's.
         """
+        try:
+            return self._read(json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ServerError(f"cannot be read ({error!r}): {text[:100]!r}") from None
+
+    def _read(self, content: dict[str, Any]) -> bool:
         if "error" in content:
             raise ServerError(f"the server says: {json.dumps(content['error'])[:300]}")
         has_tokens = False
@@ -115,11 +121,7 @@ def read_stream(
             answer.is_done = True
             break
         now = clock()
-        try:
-            has_tokens = answer.read(json.loads(value))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ServerError(f"a chunk cannot be read ({error!r}): {value[:100]!r}") from None
-        if has_tokens:
+        if answer.read_json(value):
             answer.arrivals.append(now)
             if leave_after is not None and len(answer.arrivals) >= leave_after:
                 break

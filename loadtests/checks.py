@@ -36,8 +36,11 @@ def check_beginning(ask: Ask, answer: Answer) -> None:
     """Check what a client has read that left in the middle of a stream.
 
     Raises:
-        WrongAnswerError: a temperature is missing, or one is there that nobody asked for.
+        WrongAnswerError: it ended too soon, a temperature is missing, or one is there that nobody
+            asked for.
     """
+    if len(answer.arrivals) < (ask.leave_after or 0):
+        raise WrongAnswerError("the stream ended without [DONE]")
     choice = answer.choices[0]
     if not ask.style.is_adaptive and choice.adaptive is not None:
         raise WrongAnswerError("a fixed answer carries temperatures")

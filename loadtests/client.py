@@ -89,7 +89,7 @@ class Client:
                 lines = _iterate_lines(response)
                 read_stream(lines, answer, lambda: perf_counter() - start, ask.leave_after)
             else:
-                answer.read(json.loads(response.read()))
+                answer.read_json(bytes(response.read()))
         finally:
             # Closes the connection where the answer has not been read to its end.
             response.release()
