@@ -1,6 +1,8 @@
 """A head on disk: a folder with `head.safetensors` and `head.json`. Never pickle."""
 
+import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,8 +14,8 @@ from typing import Annotated, Any, Final, Literal
 
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from safetensors.torch import load, save_file
 
 from adaptive_head.head import AdaptiveHead, HeadConfig, check_temperatures
 from adaptive_head.options import Level
@@ -21,6 +23,9 @@ from adaptive_head.options import Level
 FORMAT_VERSION: Final = 1
 METADATA_FILE = "head.json"
 WEIGHTS_FILE = "head.safetensors"
+
+
+_SHARES = TypeAdapter(dict[str, Annotated[float, Field(ge=0.0, le=1.0)]])
 
 
 class HeadError(ValueError):
@@ -64,15 +69,32 @@ class HeadMetadata(BaseModel):
         """The shape of the head's network."""
         return HeadConfig(self.hidden_size, self.temperatures, self.layer_sizes)
 
+    @property
+    def training_shares(self) -> tuple[float, ...] | None:
+        """How often each of `temperatures` was the likeliest in training; they add up to 1.
+
+        None where `training`, which is free in form, does not say so.
+        """
+        try:
+            found = _SHARES.validate_python((self.training or {}).get("temperature_shares"))
+            shares = tuple(found[str(temperature)] for temperature in self.temperatures)
+        except (ValidationError, KeyError):
+            return None
+        return shares if math.isclose(sum(shares), 1.0, abs_tol=1e-3) else None
+
 
 class LoadedHead(BaseModel):
-    """A verified head: its metadata, its network (float32, on the CPU), and where it came from."""
+    """A verified head: its metadata, its network (float32, on the CPU), and where it came from.
+
+    `digest` is the SHA-256 of its two files: two ranks that have the same have the same head.
+    """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True)
 
     metadata: HeadMetadata
     network: AdaptiveHead
     path: Path
+    digest: str
 
     @property
     def level(self) -> Level:
@@ -139,7 +161,8 @@ def load_head(
     Raises:
         HeadError: says which file is wrong, and how.
     """
-    metadata = read_metadata(folder)
+    described = _read_file(folder, METADATA_FILE)
+    metadata = _parse_metadata(folder / METADATA_FILE, described)
     if hidden_size not in (None, metadata.hidden_size):
         raise HeadError(
             f"{folder}: the head reads hidden states of width {metadata.hidden_size}, "
@@ -151,12 +174,17 @@ def load_head(
             f"{folder}: the head was made for {metadata.base_model.name} "
             f"(fingerprint {expected}), the model being served has fingerprint {fingerprint}"
         )
-    weights = _read_weights(folder / WEIGHTS_FILE)
+    weighed = _read_file(folder, WEIGHTS_FILE)
+    weights = _parse_weights(folder / WEIGHTS_FILE, weighed)
     # Before the network is made: a damaged size would ask for more memory than there is.
     _check_weights(folder / WEIGHTS_FILE, weights, _expected_shapes(metadata.config))
-    network = AdaptiveHead(metadata.config)
-    network.load_state_dict(weights)
-    return LoadedHead(metadata=metadata, network=network.requires_grad_(False).eval(), path=folder)
+    network = AdaptiveHead.from_weights(metadata.config, weights)
+    return LoadedHead(
+        metadata=metadata,
+        network=network.requires_grad_(False).eval(),
+        path=folder,
+        digest=hashlib.sha256(described + weighed).hexdigest(),
+    )
 
 
 def read_metadata(folder: Path) -> HeadMetadata:
@@ -165,12 +193,22 @@ def read_metadata(folder: Path) -> HeadMetadata:
     Raises:
         HeadError: it is missing, not JSON, of a newer format, or a field is wrong.
     """
-    path = folder / METADATA_FILE
+    return _parse_metadata(folder / METADATA_FILE, _read_file(folder, METADATA_FILE))
+
+
+def _read_file(folder: Path, name: str) -> bytes:
     try:
-        content = json.loads(path.read_text())
+        return (folder / name).read_bytes()
     except FileNotFoundError:
-        raise HeadError(f"{folder} is not a head: it has no {METADATA_FILE}") from None
-    except (OSError, ValueError, RecursionError) as error:
+        raise HeadError(f"{folder} is not a head: it has no {name}") from None
+    except OSError as error:
+        raise HeadError(f"{folder / name} cannot be read: {error}") from None
+
+
+def _parse_metadata(path: Path, text: bytes) -> HeadMetadata:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise HeadError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise HeadError(f"{path} must hold a JSON object")
@@ -187,12 +225,10 @@ def read_metadata(folder: Path) -> HeadMetadata:
         raise HeadError(f"{path}: {field}: {first['msg']}") from None
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise HeadError(f"{path} is missing")
+def _parse_weights(path: Path, content: bytes) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
+        return load(content)
+    except safetensors.SafetensorError as error:
         raise HeadError(f"{path} is damaged or truncated: {error}") from None
 
 
@@ -211,7 +247,7 @@ def _check_weights(
         raise HeadError(f"{path}: missing {', '.join(missing)}")
     if unknown := sorted(weights.keys() - expected.keys()):
         raise HeadError(f"{path}: unknown {', '.join(unknown)}")
-    for name, tensor in weights.items():
+    for name, tensor in sorted(weights.items()):
         if list(tensor.shape) != expected[name]:
             raise HeadError(
                 f"{path}: {name} has shape {list(tensor.shape)}, "

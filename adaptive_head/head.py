@@ -4,9 +4,10 @@ Dhuliawala et al. 2024, "Adaptive Decoding via Latent Preference Optimization", 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import nn
@@ -65,12 +66,24 @@ class AdaptiveHead(nn.Module):
 
     def __init__(self, config: HeadConfig, seed: int = 0) -> None:
         super().__init__()
+        self._build(config)
+        self.to_empty(device="cpu")
+        self._initialise(seed)
+
+    @classmethod
+    def from_weights(cls, config: HeadConfig, weights: Mapping[str, torch.Tensor]) -> Self:
+        """A head with these weights, as float32, and without drawing any first."""
+        head = cls.__new__(cls)
+        nn.Module.__init__(head)
+        head._build(config)
+        head.load_state_dict({k: v.float() for k, v in weights.items()}, assign=True)
+        return head
+
+    def _build(self, config: HeadConfig) -> None:
         self.config = config
         self.layers = nn.ModuleList(
             nn.Linear(wide, narrow, device="meta") for wide, narrow in pairwise(config.widths)
         )
-        self.to_empty(device="cpu")
-        self._initialise(seed)
 
     def _initialise(self, seed: int) -> None:
         # Training responses are sampled from the untrained head, which the paper needs to be

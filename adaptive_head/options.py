@@ -26,6 +26,7 @@ Temperature = Annotated[float, Field(ge=0.0, le=MAX_TEMPERATURE, allow_inf_nan=F
 Scale = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
 Parameter = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
+Generation = Annotated[int, Field(ge=0, strict=True)]
 Marker = Annotated[tuple[TokenId, ...], Field(max_length=MAX_MARKER_TOKENS)]
 
 
@@ -111,8 +112,9 @@ class Options:
 
     `parameters` are the policy's own: entropy (t0, theta), schedule (start, end, tokens),
     two_phase (thinking, answer), constant (temperature,), head ().
-    `name` labels answers and metrics: the head's name, or the policy's. `marker_token_ids`, in
-    this order, end the thinking of two_phase, `start_token_ids` begin it again; () is no marker.
+    `name` labels answers and metrics: the head's name, or the policy's. A head's `generation` tells
+    it from earlier ones of its name. `marker_token_ids`, in this order, end the thinking of
+    two_phase, `start_token_ids` begin it again; () is no marker.
     """
 
     policy: PolicyName
@@ -125,6 +127,7 @@ class Options:
     parameters: tuple[Parameter, ...] = ()
     marker_token_ids: Marker = ()
     start_token_ids: Marker = ()
+    generation: Generation = 0
 
     def to_extra_args(self) -> dict[str, Any]:
         """The options as `SamplingParams.extra_args` carries them (plain, msgpack-able)."""

@@ -60,11 +60,15 @@ class Step:
     is_ready: torch.Tensor
 
 
+# Temperatures float32 [rows], from a step and its rows of the table of options.
+Policy = Callable[[Step, torch.Tensor], torch.Tensor]
+
+
 class TemperatureSelector:
     """Chooses temperatures for the requests in its slots.
 
     Args:
-        heads: loaded heads by name; moved to `device`.
+        heads: loaded heads by name, of generation 0; moved to `device`.
         num_slots: how many requests can be tracked at once.
         device: where the sampler's tensors live.
     """
@@ -73,21 +77,15 @@ class TemperatureSelector:
         self, heads: Mapping[str, AdaptiveHead], num_slots: int, device: torch.device
     ) -> None:
         self.device = device
-        self._policies: list[Callable[[Step, torch.Tensor], torch.Tensor]] = [
-            self._entropy,
-            self._schedule,
-            self._two_phase,
-            self._constant,
-        ]
-        self._policy_index: dict[tuple[PolicyName, str], int] = {
-            ("entropy", "entropy"): 0,
-            ("schedule", "schedule"): 1,
-            ("two_phase", "two_phase"): 2,
-            ("constant", "constant"): 3,
-        }
+        self._policies: list[Policy] = []
+        # By policy, name and generation; see `Options`.
+        self._policy_index: dict[tuple[PolicyName, str, int], int] = {}
+        self._add_policy("entropy", "entropy", 0, self._entropy)
+        self._add_policy("schedule", "schedule", 0, self._schedule)
+        self._two_phase_index = self._add_policy("two_phase", "two_phase", 0, self._two_phase)
+        self._add_policy("constant", "constant", 0, self._constant)
         for name, head in heads.items():
-            self._policy_index["head", name] = len(self._policies)
-            self._policies.append(self._make_head_policy(head.to(device).eval()))
+            self.add_head(name, 0, head)
 
         self._options_np = np.zeros((num_slots, len(Column)), dtype=np.float32)
         self._policy_np = np.full(num_slots, ORDINARY, dtype=np.int32)
@@ -99,6 +97,24 @@ class TemperatureSelector:
         # What a sequence-level request has chosen, NaN until it has.
         self._chosen = torch.full((num_slots,), torch.nan, device=device)
         self._phases = PhaseTracker(num_slots, device)
+
+    def add_head(self, name: str, generation: int, head: AdaptiveHead) -> None:
+        """Serve a head from now on, beside earlier generations of its name."""
+        self._add_policy("head", name, generation, self._make_head_policy(head))
+
+    def remove_head(self, name: str, generation: int) -> None:
+        """Forget a head, if it is there. No request that will be answered may have it."""
+        index = self._policy_index.pop(("head", name, generation), None)
+        if index is not None:
+            # Never given out again: a step of an aborted request may still be under way.
+            self._policies[index] = self._forgotten
+
+    def has_head(self, name: str, generation: int) -> bool:
+        return ("head", name, generation) in self._policy_index
+
+    def can_serve(self, options: Options) -> bool:
+        """Whether the policy and the head of these options are here."""
+        return self._find_key(options) in self._policy_index
 
     def grow(self) -> range:
         """Double the number of slots, keeping what they hold.
@@ -132,7 +148,7 @@ class TemperatureSelector:
         if options is None:
             self._policy_np[slot] = ORDINARY
             return False
-        policy = self._policy_index[options.policy, options.name]
+        policy = self._policy_index[self._find_key(options)]
         row = np.zeros(len(Column), dtype=np.float32)
         row[Column.IS_SEQUENCE] = options.level == "sequence"
         row[Column.IS_SAMPLED] = options.select == "sample"
@@ -175,7 +191,7 @@ class TemperatureSelector:
         A prompt can carry the marker (a template that switches thinking off), and so can the
         output so far of a request that resumes. Call after `flush`.
         """
-        if self._policy_np[slot] == self._policy_index["two_phase", "two_phase"]:
+        if self._policy_np[slot] == self._two_phase_index:
             self._phases.start_phase(slot, token_ids)
 
     def park(self, slot: int) -> torch.Tensor:
@@ -229,7 +245,17 @@ class TemperatureSelector:
         self._chosen[step.slots] = torch.where(is_sequence & step.is_ready, temperatures, earlier)
         return temperatures
 
-    def _make_head_policy(self, head: AdaptiveHead) -> Callable[[Step, torch.Tensor], torch.Tensor]:
+    @staticmethod
+    def _find_key(options: Options) -> tuple[PolicyName, str, int]:
+        return options.policy, options.name, options.generation
+
+    def _add_policy(self, kind: PolicyName, name: str, generation: int, policy: Policy) -> int:
+        index = self._policy_index[kind, name, generation] = len(self._policies)
+        self._policies.append(policy)
+        return index
+
+    def _make_head_policy(self, head: AdaptiveHead) -> Policy:
+        head = head.to(self.device).eval()
         table = torch.tensor(head.config.temperatures, device=self.device)
 
         def choose(step: Step, options: torch.Tensor) -> torch.Tensor:
@@ -264,6 +290,10 @@ class TemperatureSelector:
         return policies.two_phase_temperature(
             is_answer, options[:, Column.PARAMETER_0], options[:, Column.PARAMETER_1]
         )
+
+    @staticmethod
+    def _forgotten(_step: Step, options: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(options[:, 0])
 
     @staticmethod
     def _constant(_step: Step, options: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,14 @@
 """Is a request adaptive, and can it be served? Decided here, before the engine sees it."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from fastapi import Request
 from vllm.exceptions import VLLMValidationError
 
-from adaptive_head.checkpoint import HeadMetadata
 from adaptive_head.options import AdaptiveRequest, OptionError, resolve_options
+from server.head_control import HeadControl
+from server.heads import HeadRegistry
 from server.metrics import AdaptiveMetrics
 from server.protocol import ADAPTIVE, AdaptiveFields, invalid_option
 from server.report import Report
@@ -21,12 +22,13 @@ MAX_SEED = (1 << 63) - 1
 class AdaptiveState:
     """What the routes need to know; `app.state.adaptive`."""
 
-    heads: Mapping[str, HeadMetadata]
-    default_head: str | None
+    heads: HeadRegistry
     adaptive_by_default: bool
     served_names: tuple[str, ...]
     tokenize_marker: Callable[[str], list[int]] | None
     metrics: AdaptiveMetrics
+    control: HeadControl | None = None
+    admin_key: str | None = field(default=None, repr=False)
 
     @staticmethod
     def adaptive_name(served_name: str) -> str:
@@ -61,7 +63,9 @@ def admit(request: AdaptiveFields, raw_request: Request) -> None:
             return
     options = request.adaptive or AdaptiveRequest()
     try:
-        resolved = resolve_options(options, state.heads, state.default_head, state.tokenize_marker)
+        resolved = resolve_options(
+            options, state.heads.by_name, state.heads.default, state.tokenize_marker
+        )
     except OptionError as error:
         raise invalid_option(error) from None
     if is_beam_search:
@@ -83,7 +87,8 @@ def admit(request: AdaptiveFields, raw_request: Request) -> None:
             f"seed must be at most {MAX_SEED + 1 - num_choices} with n = {num_choices}",
             parameter="seed",
         )
-    request.begin_report(Report(resolved, options.report, num_choices, state.metrics))
+    resolved, head = state.heads.choose(resolved, options, seed)
+    request.begin_report(Report(resolved, options.report, num_choices, state.metrics, head))
 
 
 def is_asked_for(request: AdaptiveFields) -> bool:

@@ -15,10 +15,12 @@ from adaptive_head.heads import SHIPPED_HEADS
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
 from adaptive_head.vllm.settings import (
+    ADMIN_KEY_VARIABLE,
     CONFIG_KEY,
     CPU_KV_CACHE_BYTES,
     AdaptiveSettings,
     check_head_name,
+    read_admin_key,
 )
 
 PLUGIN = "adaptive"
@@ -81,6 +83,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="take heads of the right width without comparing the model's weights with those that "
         "the head was made for; for quantised copies of that model",
     )
+    parser.add_argument(
+        "--heads-dir",
+        metavar="DIR",
+        type=Path,
+        help="let POST /v1/adaptive/heads load heads from below this folder while the server runs; "
+        f"its callers show the key in the environment variable {ADMIN_KEY_VARIABLE}",
+    )
     return parser
 
 
@@ -129,9 +138,13 @@ def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
         default_head=ours.default_head,
         adaptive_by_default=ours.adaptive_default,
         verify_base=not ours.no_verify_base,
+        heads_dir=ours.heads_dir and ours.heads_dir.expanduser().resolve(),
     )
     if settings.adaptive_by_default and not settings.heads:
         raise ValueError("--adaptive-default needs a --head")
+    if read_admin_key(settings.heads_dir, args.api_server_count or 1) is not None:
+        # vLLM's default is one API process a data-parallel replica.
+        args.api_server_count = 1
     check_heads(settings, Path(args.model_tag))
     refuse_options(args)
     configure(args, settings)

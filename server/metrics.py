@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.utils import floatToGoString
 
 from adaptive_head.checkpoint import HeadMetadata
 from adaptive_head.options import Options
@@ -14,7 +15,7 @@ DEFAULT_BUCKETS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
 
 
 class CountedHistogram(Histogram):
-    """A histogram that takes many equal observations at the price of one.
+    """A histogram that takes many equal observations at the price of one, and new buckets.
 
     prometheus-client observes one value at a time, which would be the dearest part of a token's
     way through the API process.
@@ -28,6 +29,15 @@ class CountedHistogram(Histogram):
             if value <= bound:
                 bucket.inc(count)
                 break
+
+    @property
+    def bounds(self) -> list[float]:
+        """The upper bounds of its buckets, the last of them infinite."""
+        return self._upper_bounds
+
+    def widen(self, bounds: Iterable[float]) -> None:
+        """Give the children that come from now on these buckets too."""
+        self._kwargs["buckets"] = sorted({*self._kwargs["buckets"], *bounds})
 
 
 class AdaptiveMetrics:
@@ -57,7 +67,7 @@ class AdaptiveMetrics:
             buckets=buckets,
             registry=registry,
         )
-        self._request_temperature = Histogram(
+        self._request_temperature = CountedHistogram(
             "adaptive_request_temperature",
             "Mean temperature of an answer.",
             LABELS,
@@ -70,17 +80,71 @@ class AdaptiveMetrics:
             (*LABELS, "policy"),
             registry=registry,
         )
-        info = Gauge(
+        self._info = Gauge(
             "adaptive_head_info",
             "The loaded heads; always 1.",
             (*LABELS, "trained", "base_model", "temperatures"),
             registry=registry,
             multiprocess_mode="max",
         )
+        self._training_share = Gauge(
+            "adaptive_head_training_share",
+            "Share of a head's choices in training that were at most `le`.",
+            (*LABELS, "le"),
+            registry=registry,
+            multiprocess_mode="max",
+        )
+        self._canary_share = Gauge(
+            "adaptive_canary_share",
+            "Share of a head's requests that its canary answers.",
+            ("model", "head", "canary"),
+            registry=registry,
+            multiprocess_mode="max",
+        )
+        self._head_changes = Counter(
+            "adaptive_head_changes",
+            "Attempts to change the heads while the server runs.",
+            ("model", "action", "result"),
+            registry=registry,
+        )
         for name, head in heads.items():
-            temperatures = " ".join(f"{value:g}" for value in head.temperatures)
-            trained = str(head.trained).lower()
-            info.labels(model, name, head.level, trained, head.base_model.name, temperatures).set(1)
+            self.add_head(name, head)
+
+    def add_head(self, name: str, head: HeadMetadata) -> None:
+        """A head serves from now on. Its series start at once, at 0, so that no rise is missed."""
+        labels = self._model, name, head.level
+        for histogram in (self._temperature, self._request_temperature):
+            # A namesake's buckets may lack its temperatures.
+            missing = {*map(_round, head.temperatures)} - {*histogram.labels(*labels).bounds}
+            if missing:
+                histogram.remove(*labels)
+                histogram.widen(missing)
+        bounds = self._temperature.labels(*labels).bounds
+        self._request_temperature.labels(*labels)
+        self._requests.labels(*labels, "head")
+        self._info.labels(*labels, *_describe(head)).set(1)
+        if (shares := head.training_shares) is not None:
+            chosen = list(zip(map(_round, head.temperatures), shares, strict=True))
+            for bound in bounds:
+                share = sum(share for temperature, share in chosen if temperature <= bound)
+                self._training_share.labels(*labels, floatToGoString(bound)).set(share)
+
+    def remove_head(self, name: str, head: HeadMetadata) -> None:
+        """A head serves no longer. What it has chosen remains counted."""
+        self._info.remove(self._model, name, head.level, *_describe(head))
+        self._training_share.remove_by_labels({"model": self._model, "head": name})
+
+    def set_canary(self, head: str, canary: str, share: float) -> None:
+        """`canary` answers this share (0 to 1) of the requests to `head`; 0 ends it."""
+        labels = self._model, head, canary
+        if share:
+            self._canary_share.labels(*labels).set(share)
+        else:
+            self._canary_share.remove(*labels)
+
+    def count_change(self, action: str, result: str) -> None:
+        """Somebody has tried to change the heads."""
+        self._head_changes.labels(self._model, action, result).inc()
 
     def count_request(self, options: Options) -> None:
         """A prompt has been handed to the engine."""
@@ -102,9 +166,17 @@ class AdaptiveMetrics:
 
 
 def merge_buckets(temperatures: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
-    """The temperatures of all heads, as bucket bounds; DEFAULT_BUCKETS where there are none.
+    """The temperatures of all heads, as bucket bounds; DEFAULT_BUCKETS where there are none."""
+    return tuple(sorted({_round(value) for head in temperatures for value in head})) or (
+        DEFAULT_BUCKETS
+    )
 
-    Rounded as the observed ones are, which would miss their bucket otherwise.
-    """
-    bounds = {round(value * MICRO) / MICRO for head in temperatures for value in head}
-    return tuple(sorted(bounds)) or DEFAULT_BUCKETS
+
+def _round(temperature: float) -> float:
+    """As the observed ones are, which would miss their bucket otherwise."""
+    return round(temperature * MICRO) / MICRO
+
+
+def _describe(head: HeadMetadata) -> tuple[str, str, str]:
+    temperatures = " ".join(f"{value:g}" for value in head.temperatures)
+    return str(head.trained).lower(), head.base_model.name, temperatures

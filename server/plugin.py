@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from adaptive_head.checkpoint import read_metadata
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
-from adaptive_head.vllm.settings import read_settings
+from adaptive_head.vllm.settings import read_admin_key, read_settings
 from server.admission import AdaptiveState
 from server.engine_proxy import EngineProxy
 from server.handlers import (
@@ -22,6 +22,9 @@ from server.handlers import (
     AdaptiveServingCompletion,
     AdaptiveServingResponses,
 )
+from server.head_control import HeadControl
+from server.head_routes import make_head_router
+from server.heads import HeadRegistry
 from server.metrics import AdaptiveMetrics
 from server.routes import make_router
 
@@ -46,6 +49,7 @@ class AdaptiveEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Register the routes; vLLM lets them replace its own of the same path."""
         app.include_router(make_router())
+        app.include_router(make_head_router())
         app.router.lifespan_context = announce_after(app.router.lifespan_context)
 
     async def init_state(self, engine_client: EngineClient, state: State, args: Namespace) -> None:
@@ -54,6 +58,7 @@ class AdaptiveEndpoints:
         Raises:
             UnsupportedError: the engine was started without our worker or scheduler.
             HeadError: a head's `head.json` cannot be read.
+            ValueError: heads shall be changed at run time, and cannot; see `read_admin_key`.
         """
         config = engine_client.vllm_config
         require_engine_side(
@@ -62,16 +67,23 @@ class AdaptiveEndpoints:
         refuse_unsupported(config)
         settings = read_settings(config.additional_config)
         # The engine is up, so its worker has checked them against the model.
-        heads = {name: read_metadata(folder) for name, folder in settings.heads.items()}
+        metadata = {name: read_metadata(folder) for name, folder in settings.heads.items()}
+        heads = HeadRegistry(metadata, settings.resolved_default_head)
         served_names = tuple(path.name for path in state.openai_serving_models.base_model_paths)
         tokenizer = getattr(engine_client.renderer, "tokenizer", None)
+        metrics = AdaptiveMetrics(served_names[0], metadata)
+        admin_key = read_admin_key(settings.heads_dir, config.parallel_config._api_process_count)
+        control = None
+        if admin_key is not None and settings.heads_dir is not None:
+            control = HeadControl(engine_client, heads, metrics, settings.heads_dir)
         state.adaptive = AdaptiveState(
             heads=heads,
-            default_head=settings.resolved_default_head,
             adaptive_by_default=settings.adaptive_by_default,
             served_names=served_names,
             tokenize_marker=tokenizer and partial(tokenizer.encode, add_special_tokens=False),
-            metrics=AdaptiveMetrics(served_names[0], heads),
+            metrics=metrics,
+            control=control,
+            admin_key=admin_key,
         )
         for name, handler_class in HANDLERS.items():
             extend_handler(getattr(state, name), handler_class, EngineProxy(engine_client))
@@ -132,12 +144,15 @@ def announce(state: AdaptiveState, args: Namespace) -> None:
         f'  at      {url} (temperature: "adaptive", or model "{state.adaptive_name(name)}")',
         f"  default {default}, where a request names no temperature",
     ]
-    for head_name, head in state.heads.items():
-        is_default = ", default" if head_name == state.default_head else ""
-        trained = "trained" if head.trained else "UNTRAINED: near-uniform, shows the path only"
-        temperatures = " ".join(f"{value:g}" for value in head.temperatures)
-        lines.append(f"  head    {head_name} ({head.level}{is_default}) [{temperatures}] {trained}")
+    for head in state.heads:
+        is_default = ", default" if head.name == state.heads.default else ""
+        is_trained = head.metadata.trained
+        trained = "trained" if is_trained else "UNTRAINED: near-uniform, shows the path only"
+        temperatures = " ".join(f"{value:g}" for value in head.metadata.temperatures)
+        lines.append(f"  head    {head.name} ({head.level}{is_default}) [{temperatures}] {trained}")
     if not state.heads:
         lines.append("  heads   none; the learning-free policies work without")
+    if state.control is not None:
+        lines.append("  control on: heads can be loaded, replaced and removed with the admin key")
     for line in lines:
         logger.info("%s", line)

@@ -8,6 +8,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from adaptive_head.options import Options, ReportDetail
 from adaptive_head.selector import MICRO
 from adaptive_head.vllm.choices import take_choices
+from server.heads import ServedHead
 from server.metrics import AdaptiveMetrics
 
 # Temperatures of these policies are continuous; an exact histogram would have a key a token.
@@ -84,7 +85,10 @@ class ChoiceReport:
 
 
 class Report:
-    """The temperatures of a whole response: `num_choices` answers for each of its prompts."""
+    """The temperatures of a whole response: `num_choices` answers for each of its prompts.
+
+    `head` is only held: the engine keeps a head for as long as somebody does.
+    """
 
     def __init__(
         self,
@@ -92,18 +96,20 @@ class Report:
         detail: ReportDetail,
         num_choices: int,
         metrics: AdaptiveMetrics,
+        head: ServedHead | None = None,
     ) -> None:
         self.options = options
         self.detail = detail
         self._num_choices = num_choices
         self._metrics = metrics
+        self._head = head
         self._choices: list[ChoiceReport] = []
 
     def begin_prompt(self) -> "PromptReport":
         """The next prompt of the request is about to be generated."""
         choices = [ChoiceReport(self.options, self.detail) for _ in range(self._num_choices)]
         self._choices += choices
-        return PromptReport(self.options, self.detail, choices, self._metrics)
+        return PromptReport(self.options, self.detail, choices, self._metrics, self._head)
 
     def __getitem__(self, index: int) -> ChoiceReport:
         """The report of the response's choice `index`."""
@@ -120,11 +126,13 @@ class PromptReport:
         detail: ReportDetail,
         choices: list[ChoiceReport],
         metrics: AdaptiveMetrics,
+        head: ServedHead | None,
     ) -> None:
         self.options = options
         self._detail = detail
         self._choices = choices
         self._metrics = metrics
+        self._head = head
         self._uncounted: dict[int, int] = {}
         self._num_uncounted = 0
 

@@ -1,7 +1,5 @@
 """The routes: admission, and then vLLM's own. What answers say is in `server.handlers`."""
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
@@ -21,11 +19,10 @@ CHAT_PATH = "/v1/chat/completions"
 COMPLETION_PATH = "/v1/completions"
 RESPONSES_PATH = "/v1/responses"
 MODELS_PATH = "/v1/models"
-HEADS_PATH = "/v1/adaptive/heads"
 
 
 def make_router() -> APIRouter:
-    """Routes that take the place of vLLM's, and the list of heads."""
+    """Routes that take the place of vLLM's."""
     router = APIRouter()
     for path, endpoint, stock in (
         (CHAT_PATH, create_chat_completion, chat.router),
@@ -35,7 +32,6 @@ def make_router() -> APIRouter:
         route = find_route(stock, path)
         router.post(path, dependencies=route.dependencies, responses=route.responses)(endpoint)
     router.get(MODELS_PATH)(show_models)
-    router.get(HEADS_PATH)(show_heads)
     return router
 
 
@@ -78,15 +74,3 @@ async def show_models(raw_request: Request) -> Response:
         if card.id in state.served_names
     ]
     return JSONResponse(content=served.model_dump())
-
-
-async def show_heads(raw_request: Request) -> dict[str, Any]:
-    """The loaded heads with their metadata."""
-    state: AdaptiveState = raw_request.app.state.adaptive
-    return {
-        "object": "list",
-        "data": [
-            {"id": name, "default": name == state.default_head, **head.model_dump(mode="json")}
-            for name, head in state.heads.items()
-        ],
-    }

@@ -13,6 +13,7 @@ from adaptive_head.checkpoint import (
 )
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.head import AdaptiveHead, HeadConfig
+from adaptive_head.heads import SHIPPED_HEADS
 
 CONFIG = HeadConfig(8, (0.0, 0.5, 1.0), (6, 4))
 IDENTITY = BaseModelIdentity(name="tiny", fingerprint="0123456789abcdef")
@@ -166,7 +167,7 @@ def test_a_file_of_another_kind_is_refused(folder, content):
 
 def test_missing_weights_are_refused(folder):
     (folder / "head.safetensors").unlink()
-    assert f"{folder / 'head.safetensors'} is missing" in refusal(folder)
+    assert refusal(folder) == f"{folder} is not a head: it has no head.safetensors"
 
 
 def test_a_folder_without_metadata_is_not_a_head(folder, tmp_path):
@@ -371,3 +372,26 @@ def test_without_safetensors_there_is_no_fingerprint(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     assert fingerprint_model(tmp_path) is None
     assert fingerprint_model(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("training", "shares"),
+    [
+        ({"temperature_shares": {"0.0": 0.5, "0.5": 0.25, "1.0": 0.25}}, (0.5, 0.25, 0.25)),
+        ({"temperature_shares": {"0.0": 0, "0.5": 1, "1.0": 0}}, (0, 1, 0)),
+        ({"temperature_shares": {"0.0": 0.5, "0.5": 0.5}}, None),
+        ({"temperature_shares": {"0.0": 0.9, "0.5": 0.9, "1.0": 0.9}}, None),
+        ({"temperature_shares": {"0.0": "many", "0.5": 1, "1.0": 0}}, None),
+        ({"temperature_shares": [0.5, 0.25, 0.25]}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_what_was_chosen_in_training_is_read_where_it_is_said(folder, training, shares):
+    change_json(folder, training=training)
+    assert read_metadata(folder).training_shares == shares
+
+
+@pytest.mark.parametrize("name", SHIPPED_HEADS)
+def test_the_heads_that_ship_say_what_they_chose_in_training(name):
+    assert sum(read_metadata(SHIPPED_HEADS[name]).training_shares) == pytest.approx(1)

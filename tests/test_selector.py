@@ -313,6 +313,40 @@ def test_a_selector_without_heads_serves_the_policies():
     assert select(selector, add(selector, 1, make_options())) == approximately([0.7])
 
 
+def make_constant_head(temperature: float) -> AdaptiveHead:
+    """A head that always chooses the higher of its temperatures."""
+    head = AdaptiveHead(HeadConfig(WIDTH, (0.0, temperature), (4,)))
+    with torch.no_grad():
+        head.layers[-1].bias.copy_(torch.tensor([0.0, 1e6]))
+    return head
+
+
+def test_a_replaced_head_serves_those_that_have_it_beside_its_successor():
+    selector = TemperatureSelector({"h": make_constant_head(0.1)}, 4, CPU)
+    old, seeded = (add(selector, slot, make_options("head", "h")) for slot in (0, 1))
+    selector.add_head("h", 1, make_constant_head(0.9))
+    new = add(selector, 2, make_options("head", "h", generation=1))
+    assert select(selector, old, new, seeded) == approximately([0.1, 0.9, 0.1])
+    again = add(selector, 3, make_options("head", "h"))
+    assert select(selector, again, new) == approximately([0.1, 0.9])
+
+
+def test_a_removed_head_takes_no_requests_and_disturbs_none():
+    selector = TemperatureSelector({"h": make_constant_head(0.1)}, 3, CPU)
+    selector.add_head("h", 1, make_constant_head(0.9))
+    aborted = add(selector, 0, make_options("head", "h"))
+    other = add(selector, 1, make_options("head", "h", generation=1))
+    selector.remove_head("h", 0)
+    assert not selector.can_serve(make_options("head", "h"))
+    assert selector.can_serve(make_options("head", "h", generation=1))
+    # A step that was under way when its request was aborted must not raise in a worker.
+    assert select(selector, aborted, other)[1] == pytest.approx(0.9)
+    selector.add_head("h", 2, make_constant_head(0.5))
+    assert select(selector, other) == approximately([0.9])
+    selector.remove_head("h", 0)
+    selector.remove_head("unknown", 3)
+
+
 def test_a_head_that_is_not_loaded_cannot_be_added(selector):
     with pytest.raises(KeyError):
         selector.add(0, make_options("head", "third"), 0)

@@ -6,3 +6,6 @@
 
 WORKER_CLS = "adaptive_head.vllm.worker.AdaptiveWorker"
 SCHEDULER_CLS = "adaptive_head.vllm.scheduler.make_scheduler"
+
+# What `AdaptiveWorker.add_head` returns while it reads a head's files.
+LOADING = "loading"

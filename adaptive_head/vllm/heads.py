@@ -1,5 +1,7 @@
 """The heads of an engine, loaded and checked against the model that it serves."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ from vllm.logger import init_logger
 from adaptive_head.checkpoint import HeadError, LoadedHead, load_head
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.options import OptionError, Options
+from adaptive_head.selector import TemperatureSelector
 from adaptive_head.vllm.settings import read_settings
 
 if TYPE_CHECKING:
@@ -27,21 +30,71 @@ def load_heads(config: "VllmConfig") -> dict[str, LoadedHead]:
         ValueError: the settings are wrong, see `read_settings`.
     """
     settings = read_settings(config.additional_config)
-    is_verified = settings.verify_base and bool(settings.heads)
-    fingerprint = fingerprint_served(config) if is_verified else None
-    model_config = config.model_config
-    hidden_size = model_config.get_hidden_size()
-    heads = {}
-    for name, folder in settings.heads.items():
-        heads[name] = load_head(folder, hidden_size=hidden_size, fingerprint=fingerprint)
-        made_for = heads[name].metadata.base_model
-        if settings.verify_base and made_for.fingerprint is not None and fingerprint is None:
+    verifier = HeadVerifier(config)
+    return {name: verifier.load(folder) for name, folder in settings.heads.items()}
+
+
+class HeadVerifier:
+    """Loads heads, and checks them against the model that an engine serves."""
+
+    def __init__(self, config: "VllmConfig") -> None:
+        self._config = config
+        self._is_verified = read_settings(config.additional_config).verify_base
+
+    @cached_property
+    def _fingerprint(self) -> str | None:
+        return fingerprint_served(self._config) if self._is_verified else None
+
+    def load(self, folder: Path) -> LoadedHead:
+        """Load a head.
+
+        Raises:
+            HeadError: it is damaged, or was made for another model.
+        """
+        model_config = self._config.model_config
+        head = load_head(
+            folder, hidden_size=model_config.get_hidden_size(), fingerprint=self._fingerprint
+        )
+        made_for = head.metadata.base_model
+        if self._is_verified and made_for.fingerprint is not None and self._fingerprint is None:
             raise HeadError(
                 f"{folder}: the head was made for {made_for.name}, and {model_config.model} has "
                 "no safetensors to compare with; if it is that model, say --no-verify-base "
                 "(verify_base in --additional-config)"
             )
-    return heads
+        return head
+
+
+class HeadLoader:
+    """Loads heads in a thread of its own, so that the worker goes on meanwhile."""
+
+    def __init__(self, config: "VllmConfig") -> None:
+        self._verifier = HeadVerifier(config)
+        self._executor = ThreadPoolExecutor(1, "head-loader")
+        self._loading: dict[tuple[str, int], Future[LoadedHead]] = {}
+
+    def poll(self, key: tuple[str, int], folder: Path, digest: str) -> LoadedHead | None:
+        """Begin to load a head at the first call for its key; the head, or None while it loads.
+
+        Args:
+            digest: that the head must have.
+
+        Raises:
+            HeadError: it is damaged, was made for another model, or has another digest.
+        """
+        if key not in self._loading:
+            self._loading[key] = self._executor.submit(self._verifier.load, folder)
+        if not self._loading[key].done():
+            return None
+        head = self._loading.pop(key).result()
+        if head.digest != digest:
+            raise HeadError(f"{folder} has changed while it was being loaded")
+        return head
+
+    def cancel(self, key: tuple[str, int]) -> None:
+        """Forget a head that may be loading."""
+        if (loading := self._loading.pop(key, None)) is not None:
+            loading.cancel()
 
 
 def fingerprint_served(config: "VllmConfig") -> str | None:
@@ -63,7 +116,9 @@ def fingerprint_served(config: "VllmConfig") -> str | None:
     return fingerprint_model(folder)
 
 
-def read_options(sampling_params: "SamplingParams", heads: dict[str, LoadedHead]) -> Options | None:
+def read_options(
+    sampling_params: "SamplingParams", selector: TemperatureSelector
+) -> Options | None:
     """The options of a request that has reached the worker; None for an ordinary one.
 
     Options are resolved at admission, so a wrong entry is that of a caller who went around it.
@@ -75,7 +130,7 @@ def read_options(sampling_params: "SamplingParams", heads: dict[str, LoadedHead]
     except (OptionError, TypeError) as error:
         logger.error("Ignoring a request's adaptive options: %s", error)
         return None
-    if options is not None and options.policy == "head" and options.name not in heads:
+    if options is not None and not selector.can_serve(options):
         logger.error("Ignoring a request's adaptive options: no head %r", options.name)
         return None
     # Another one would be applied as well, and a greedy batch has none that ours could replace.

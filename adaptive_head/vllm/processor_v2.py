@@ -34,8 +34,7 @@ class AdaptiveTemperature(LogitsProcessor):
 
     def __init__(self, req_states: RequestState, heads: dict[str, LoadedHead]) -> None:
         self._req_states = req_states
-        self._heads = heads
-        self._selector = TemperatureSelector(
+        self.selector = TemperatureSelector(
             {name: head.network for name, head in heads.items()},
             req_states.max_num_reqs,
             req_states.device,
@@ -47,23 +46,23 @@ class AdaptiveTemperature(LogitsProcessor):
         self._temperatures: torch.Tensor | None = None
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        options = read_options(sampling_params, self._heads)
-        return self._selector.add(req_idx, options, sampling_params.seed)
+        options = read_options(sampling_params, self.selector)
+        return self.selector.add(req_idx, options, sampling_params.seed)
 
     def apply_staged_writes(self) -> None:
-        self._selector.flush()
+        self.selector.flush()
 
     def resume(self, req_id: str, slot: int, token_ids: list[int]) -> None:
         """Tell a request that entered `slot` what came before: its text, and its choice."""
-        if self._selector.is_adaptive(slot):
-            self._selector.start_phase(slot, token_ids)
+        if self.selector.is_adaptive(slot):
+            self.selector.start_phase(slot, token_ids)
             if (chosen := self._parked.pop(req_id, None)) is not None:
-                self._selector.restore(slot, chosen)
+                self.selector.restore(slot, chosen)
 
     def park(self, req_id: str, slot: int | None) -> None:
         """Keep the choice of a request that is preempted."""
-        if slot is not None and self._selector.is_adaptive(slot):
-            self._parked[req_id] = self._selector.park(slot)
+        if slot is not None and self.selector.is_adaptive(slot):
+            self._parked[req_id] = self.selector.park(slot)
 
     def forget(self, req_id: str) -> None:
         """A request has ended, or was aborted while it was preempted."""
@@ -93,7 +92,7 @@ class AdaptiveTemperature(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         """Scale the adaptive rows of float32 logits [rows, vocabulary] in place."""
-        if self._hidden_states is None or not self._selector.has_adaptive(ctx.idx_mapping_np):
+        if self._hidden_states is None or not self.selector.has_adaptive(ctx.idx_mapping_np):
             return logits
         slots = ctx.expanded_idx_mapping
         step = Step(
@@ -106,7 +105,7 @@ class AdaptiveTemperature(LogitsProcessor):
             prompt_lens=self._req_states.prompt_len.gpu[slots],
             is_ready=ctx.pos + 1 >= self._req_states.prefill_len.gpu[slots],
         )
-        temperatures = self._selector.select(step)
+        temperatures = self.selector.select(step)
         assert temperatures is not None
         if get_tp_group().world_size > 1:
             # Every rank samples for itself, and all must divide by the same number.

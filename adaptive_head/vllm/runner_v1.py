@@ -80,13 +80,12 @@ class AdaptiveRunnerV1(_Stock):
             raise UnsupportedError(
                 f"adaptive temperatures need vLLM's own sampler, found {type(self.sampler)}"
             )
-        self._heads = heads
         self._slots: dict[str, int] = {}
         self._free_slots: list[int] = []
-        self._selector = TemperatureSelector(
+        self.selector = TemperatureSelector(
             {name: head.network for name, head in heads.items()}, 1, self.device
         )
-        self.sampler = AdaptiveSamplerV1(self.sampler, self._selector)
+        self.sampler = AdaptiveSamplerV1(self.sampler, self.selector)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         # A preempted request keeps its slot, and so its choice, until it finishes.
@@ -94,12 +93,14 @@ class AdaptiveRunnerV1(_Stock):
             self._release_slot(req_id)
         for request in scheduler_output.scheduled_new_reqs:
             self._release_slot(request.req_id)
-            options = request.sampling_params and read_options(request.sampling_params, self._heads)
+            options = request.sampling_params and read_options(
+                request.sampling_params, self.selector
+            )
             if options:
                 slot = self._slots[request.req_id] = self._acquire_slot()
-                self._selector.add(slot, options, request.sampling_params.seed)
-                self._selector.flush()
-                self._selector.start_phase(slot, request.prompt_token_ids or [])
+                self.selector.add(slot, options, request.sampling_params.seed)
+                self.selector.flush()
+                self.selector.start_phase(slot, request.prompt_token_ids or [])
         return super()._update_states(scheduler_output)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
@@ -155,10 +156,10 @@ class AdaptiveRunnerV1(_Stock):
     def _acquire_slot(self) -> int:
         # Preempted requests are tracked too, so there is no bound to size the table by.
         if not self._free_slots:
-            self._free_slots.extend(self._selector.grow())
+            self._free_slots.extend(self.selector.grow())
         return self._free_slots.pop()
 
     def _release_slot(self, req_id: str) -> None:
         if (slot := self._slots.pop(req_id, None)) is not None:
-            self._selector.add(slot, None, None)
+            self.selector.add(slot, None, None)
             self._free_slots.append(slot)

@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput, SamplingMaskTensors
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from adaptive_head.checkpoint import LoadedHead
+from adaptive_head.selector import TemperatureSelector
 from adaptive_head.vllm.compat import UnsupportedError, check_parameters
 from adaptive_head.vllm.processor_v2 import AdaptiveTemperature
 
@@ -45,6 +46,11 @@ class AdaptiveRunnerV2(_Stock):
             )
         self.adaptive = AdaptiveTemperature(self.req_states, heads)
         self.sampler.logits_processors.append(self.adaptive)
+
+    @property
+    def selector(self) -> TemperatureSelector | None:
+        """Where heads are added and removed; None on a rank that does not sample."""
+        return self.adaptive and self.adaptive.selector
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)

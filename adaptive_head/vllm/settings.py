@@ -1,5 +1,6 @@
 """What an operator configures, on its way from the command line to every process of vLLM."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -11,6 +12,8 @@ from adaptive_head.options import PolicyName
 # The key in vLLM's `--additional-config`, a JSON object that reaches every process.
 CONFIG_KEY = "adaptive"
 CPU_KV_CACHE_BYTES = 2 << 30
+# In the environment, where no list of processes shows it.
+ADMIN_KEY_VARIABLE = "ADAPTIVE_ADMIN_KEY"
 
 
 class AdaptiveSettings(BaseModel):
@@ -23,6 +26,7 @@ class AdaptiveSettings(BaseModel):
             which a head cannot answer: beam search, and LoRA adapters.
         verify_base: whether a head must have been made for exactly the served weights. Off for
             a quantised copy of the head's base model.
+        heads_dir: where heads may be loaded from while the server runs; null: they are not.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,6 +35,7 @@ class AdaptiveSettings(BaseModel):
     default_head: str | None = None
     adaptive_by_default: bool = False
     verify_base: bool = True
+    heads_dir: Path | None = None
 
     @property
     def resolved_default_head(self) -> str | None:
@@ -66,3 +71,25 @@ def check_head_name(name: str) -> None:
     """Raise ValueError for a head named like a policy: both label answers and metrics."""
     if name in get_args(PolicyName):
         raise ValueError(f"a head cannot be named {name!r}, which is a policy")
+
+
+def read_admin_key(heads_dir: Path | None, num_api_processes: int) -> str | None:
+    """The key that changes heads must show, from the environment; None where that is off.
+
+    Raises:
+        ValueError: of the key, the folder and one API process something is missing.
+    """
+    key = os.environ.get(ADMIN_KEY_VARIABLE) or None
+    if (key is None) != (heads_dir is None):
+        raise ValueError(
+            f"changing heads while the server runs needs both {ADMIN_KEY_VARIABLE} in the "
+            "environment and --heads-dir"
+        )
+    if heads_dir is not None and not heads_dir.is_dir():
+        raise ValueError(f"--heads-dir {heads_dir}: not a folder")
+    if key is not None and num_api_processes > 1:
+        raise ValueError(
+            "changing heads while the server runs works with --api-server-count 1 only: the "
+            "other API processes would not hear of it"
+        )
+    return key

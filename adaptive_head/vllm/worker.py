@@ -1,19 +1,29 @@
 """vLLM's worker with a model runner that chooses temperatures."""
 
+from functools import cached_property
+from pathlib import Path
+
 from vllm import __version_tuple__
 from vllm.distributed import get_pp_group
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from adaptive_head.selector import TemperatureSelector
+from adaptive_head.vllm import LOADING
 from adaptive_head.vllm.compat import check_version, refuse_unsupported, refuse_v1
 
 check_version(__version_tuple__)
 
-from adaptive_head.vllm.heads import load_heads  # noqa: E402 (a clear refusal comes first)
+# A clear refusal comes first.
+from adaptive_head.vllm.heads import HeadLoader, load_heads  # noqa: E402
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+
+
+logger = init_logger(__name__)
 
 
 class AdaptiveWorker(PlatformWorker):
@@ -42,3 +52,44 @@ class AdaptiveWorker(PlatformWorker):
         super().load_model(**kwargs)
         if get_pp_group().is_last_rank:
             self.model_runner.load_heads(load_heads(self.vllm_config))
+
+    # What the API process calls by vLLM's `collective_rpc`, on every rank.
+
+    def add_head(self, name: str, generation: int, folder: str, digest: str) -> str | None:
+        """Load a head beside those that serve. To be called again for as long as it is `LOADING`.
+
+        An exception would end a multi-process executor's count of replies, so what is wrong is
+        returned.
+
+        Args:
+            digest: of the head's files, as the API process has read them.
+
+        Returns:
+            LOADING, None where the head serves from the next step on, or why it cannot be loaded.
+        """
+        try:
+            selector = self._find_selector()
+            if selector is not None and not selector.has_head(name, generation):
+                head = self._loader.poll((name, generation), Path(folder), digest)
+                if head is None:
+                    return LOADING
+                selector.add_head(name, generation, head.network)
+        except Exception as error:
+            logger.exception("Cannot load head %s", name)
+            return str(error) or repr(error)
+        return None
+
+    def remove_head(self, name: str, generation: int) -> None:
+        """Forget a head that no request has any more, or that not every rank could load."""
+        if (selector := self._find_selector()) is not None:
+            self._loader.cancel((name, generation))
+            selector.remove_head(name, generation)
+
+    @cached_property
+    def _loader(self) -> HeadLoader:
+        return HeadLoader(self.vllm_config)
+
+    def _find_selector(self) -> TemperatureSelector | None:
+        is_sampling = get_pp_group().is_last_rank
+        selector: TemperatureSelector | None = self.model_runner.selector if is_sampling else None
+        return selector

@@ -5,7 +5,10 @@ from types import SimpleNamespace
 import pytest
 from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 from vllm.config.scheduler import SchedulerConfig
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.worker import gpu_model_runner as v1
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -160,13 +163,43 @@ def test_vllm_calls_whatever_scheduler_cls_names_with_keywords():
 # --- the worker and the runners ------------------------------------------------------------------
 
 
-def test_the_worker_is_the_platforms_own_with_two_methods_more():
+def test_the_worker_is_the_platforms_own_with_two_methods_changed_and_two_more():
     assert f"{AdaptiveWorker.__module__}.{AdaptiveWorker.__name__}" == WORKER_CLS
     assert issubclass(AdaptiveWorker, CPUWorker) and issubclass(CPUWorker, Worker)
     ours = {name for name in vars(AdaptiveWorker) if not name.startswith("__")}
-    assert ours == {"init_device", "load_model"}
+    changed = {name for name in ours if hasattr(CPUWorker, name) or hasattr(Worker, name)}
+    assert changed == {"init_device", "load_model"}
+    assert {name for name in ours - changed if not name.startswith("_")} == {
+        "add_head",
+        "remove_head",
+    }
     assert_parameters(CPUWorker.init_device, "self")
     assert_parameters(CPUWorker.load_model, "self", "load_dummy_weights")
+
+
+def test_a_call_to_all_engines_reaches_every_worker_by_the_name_of_its_method():
+    """`HeadControl` calls `add_head` and `remove_head` so, and adds up what they return."""
+    assert_parameters(AsyncMPClient.call_utility_all_async, "self", "method", "args")
+    assert issubclass(DPLBAsyncMPClient, AsyncMPClient)
+    assert_parameters(EngineCore.collective_rpc, "self", "method", "timeout", "args", "kwargs")
+    assert "engine_core" in source(AsyncLLM.__init__)
+    assert "_api_process_count" in ParallelConfig.__annotations__
+    # Messages to an engine keep their order: an abort arrives before the head is forgotten.
+    assert_in_order(AsyncMPClient.abort_requests_async, "_send_input(")
+    assert_in_order(AsyncMPClient._call_utility_async, "_send_input_message(")
+
+
+def test_a_worker_that_raises_or_is_late_would_leave_replies_unread():
+    """So ours return what is wrong, and are called without a timeout. Where vLLM mends it, they
+    may raise."""
+    assert_in_order(
+        MultiprocExecutor.collective_rpc,
+        "for mq in response_mqs",
+        "mq.dequeue(",
+        "raise TimeoutError(",
+        "raise RuntimeError(",
+        "responses.append(result)",
+    )
 
 
 def test_init_device_builds_the_runner_that_use_v2_model_runner_says():

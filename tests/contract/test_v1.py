@@ -167,7 +167,7 @@ def test_v1_slots_follow_the_requests():
     runner._update_states(step_of())
     assert runner._slots["a"] == slot
     runner._update_states(step_of(finished=["a", "b", "unknown"]))
-    assert set(runner._slots) == {"c"} and not runner._selector.is_adaptive(slot)
+    assert set(runner._slots) == {"c"} and not runner.selector.is_adaptive(slot)
     runner._update_states(step_of(new_request("c", None)))
     assert not runner._slots
 

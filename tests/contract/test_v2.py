@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler as SamplerV2
 from vllm.v1.worker.gpu.sample.states import SamplingStates
 
 from adaptive_head.options import Options
-from adaptive_head.selector import ORDINARY
+from adaptive_head.selector import ORDINARY, TemperatureSelector
 from adaptive_head.vllm import processor_v2
 from adaptive_head.vllm.compat import UnsupportedError
 from adaptive_head.vllm.heads import read_options
@@ -45,6 +45,7 @@ from tests.contract.helpers import (
 
 NAN = math.nan
 INF = math.inf
+SELECTOR = TemperatureSelector({}, 1, CPU)
 
 
 # --- where our stage stands and what it reads ----------------------------------------------------
@@ -396,15 +397,15 @@ def test_options_beside_another_temperature_than_1_are_ignored(temperature, capl
     """vLLM would apply its own as well, and V1 has no tensor to replace in a greedy batch: an
     assertion there ended the engine and every request in it."""
     with caplog.at_level(logging.ERROR):
-        assert read_options(params_of(constant(0.5), temperature=temperature), {}) is None
+        assert read_options(params_of(constant(0.5), temperature=temperature), SELECTOR) is None
     assert f"its own temperature is {temperature:g}, not 1" in caplog.text
-    assert read_options(params_of(constant(0.5)), {}) == constant(0.5)
-    assert read_options(params_of(None, temperature=temperature), {}) is None
+    assert read_options(params_of(constant(0.5)), SELECTOR) == constant(0.5)
+    assert read_options(params_of(None, temperature=temperature), SELECTOR) is None
 
 
 def test_options_for_an_unknown_head_or_of_another_make_are_ignored(caplog):
     head = dataclasses.replace(constant(0.5), policy="head", name="gone", parameters=())
     with caplog.at_level(logging.ERROR):
-        assert read_options(params_of(head), {}) is None
-        assert read_options(SamplingParams(extra_args={"adaptive": "token"}), {}) is None
+        assert read_options(params_of(head), SELECTOR) is None
+        assert read_options(SamplingParams(extra_args={"adaptive": "token"}), SELECTOR) is None
     assert "no head 'gone'" in caplog.text

@@ -1,26 +1,46 @@
 """Runs requests through an engine in a process of its own, whose environment is its own too.
 
 Reads {"engine": {...}, "batches": [[{"prompt": [ids], "params": {...}}]]} from standard input and
-writes to the file named by its argument, a batch at a time, each request's answers.
+writes to the file named by its argument, a batch at a time, each request's answers. In the place of
+a batch {"load": [name, generation, head]} loads one of the engine's heads again, as `name`.
 """
 
 import json
 import sys
+import time
 from pathlib import Path
 
 from vllm import LLM, SamplingParams
+
+from adaptive_head import load_head
+from adaptive_head.vllm import LOADING
 
 
 def run(scenario: dict) -> dict:
     llm = LLM(**scenario["engine"])
     answers = []
     for batch in scenario["batches"]:
+        if isinstance(batch, dict):
+            answers.append(load(llm, *batch["load"], scenario["engine"]["additional_config"]))
+            continue
         prompts = [{"prompt_token_ids": request["prompt"]} for request in batch]
         params = [SamplingParams.from_optional(**request["params"]) for request in batch]
         outputs = llm.generate(prompts, params, use_tqdm=False)
         answers.append([[describe(answer) for answer in output.outputs] for output in outputs])
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     return {"answers": answers, "num_preemptions": metrics["vllm:num_preemptions"]}
+
+
+def load(llm: LLM, name: str, generation: int, head: str, config: dict) -> list[str | None]:
+    folder = config["adaptive"]["heads"][head]
+    right, wrong = load_head(Path(folder)).digest, "0" * 64
+    results = []
+    for digest in (wrong, right):
+        call = name, generation, folder, digest
+        while (result := llm.collective_rpc("add_head", args=call)[0]) == LOADING:
+            time.sleep(0.01)
+        results.append(result)
+    return results
 
 
 def describe(answer) -> dict:

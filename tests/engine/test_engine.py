@@ -136,6 +136,9 @@ JUNK = [
         {"other": 1},
     )
 ]
+# For a head of the name `tok` that is loaded while the engine runs, with the weights of `seq`.
+LATER = adaptive(PROMPTS[3])
+LATER["params"]["extra_args"]["adaptive"]["generation"] = 1
 LOGPROBS = [
     adaptive(PROMPTS[3], logprobs=0, options={"min": 0.1}),
     adaptive(PROMPTS[4], logprobs=0, options={"head": "seq", "min": 0.1}),
@@ -144,7 +147,16 @@ LOGPROBS = [
 
 # An engine takes seconds to start, so each configuration has one for all its tests.
 BATCHES = {
-    "plain": [ORDINARY, MIXED, [SAMPLED], [*CROWD, SAMPLED], [SAMPLED], [*JUNK, SAMPLED]],
+    "plain": [
+        ORDINARY,
+        MIXED,
+        [SAMPLED],
+        [*CROWD, SAMPLED],
+        [SAMPLED],
+        [*JUNK, SAMPLED],
+        {"load": ["tok", 1, "seq"]},
+        [LATER, SAMPLED],
+    ],
     "chunked": [CONSTRAINED, list(PHASES.values())],
     "preempting": [PREEMPTED, REWRITTEN],
     "processed": [LOGPROBS],
@@ -296,3 +308,12 @@ def test_wrong_options_cannot_end_the_engine(serve):
     *junk, sampled = (answers[0] for answers in serve("plain")["answers"][5])
     assert [answer["micros"] for answer in junk] == [None] * 4
     assert len(sampled["micros"]) == 12
+
+
+def test_a_head_that_is_loaded_later_serves_beside_its_namesake(serve, model_of, networks):
+    answers = serve("plain")["answers"]
+    wrong, right = answers[6]
+    assert "has changed" in wrong and right is None
+    (later,), (sampled,) = answers[7]
+    assert_aligned(LATER, later, model_of, {"tok": networks["seq"]})
+    assert sampled["micros"] == answers[2][0][0]["micros"]

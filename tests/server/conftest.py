@@ -24,6 +24,7 @@ BIN = Path(sys.executable).parent
 MODEL = "smol"
 HIDDEN_SIZE = 576
 TEMPERATURES = (0.0, 0.3, 0.7, 1.0, 1.3)
+ADMIN_KEY = "open sesame"
 START_TIMEOUT_S = 300
 ENGINE_OPTIONS = (
     f"--served-model-name={MODEL}",
@@ -152,8 +153,10 @@ def server(model, heads, tmp_path_factory) -> Iterator[Server]:
     """`adaptive-serve` as a user starts it; one for all tests."""
     options = [f"--head={name}={folder}" for name, folder in heads.items()]
     command = [str(BIN / "adaptive-serve"), str(model), *options, *ENGINE_OPTIONS]
+    command.append(f"--heads-dir={heads['tok'].parent}")
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    with running(command, log, VLLM_ENABLE_RESPONSES_API_STORE="1") as server:
+    environment = {"VLLM_ENABLE_RESPONSES_API_STORE": "1", "ADAPTIVE_ADMIN_KEY": ADMIN_KEY}
+    with running(command, log, **environment) as server:
         server.wait_until_ready()
         yield server
 

@@ -8,6 +8,7 @@ from vllm.outputs import CompletionOutput, RequestOutput, SamplingMask
 from adaptive_head.checkpoint import BaseModelIdentity, HeadMetadata
 from adaptive_head.options import parse_request, resolve_options
 from server.admission import AdaptiveState
+from server.heads import HeadRegistry
 from server.metrics import AdaptiveMetrics
 from server.report import PromptReport, Report
 
@@ -16,7 +17,9 @@ ADAPTER = "poems"
 TEMPERATURES = (0.0, 0.3, 0.7, 1.0)
 
 
-def describe_head(level="token", temperatures=TEMPERATURES, trained=False) -> HeadMetadata:
+def describe_head(
+    level="token", temperatures=TEMPERATURES, trained=False, training=None
+) -> HeadMetadata:
     return HeadMetadata(
         temperatures=temperatures,
         level=level,
@@ -24,6 +27,7 @@ def describe_head(level="token", temperatures=TEMPERATURES, trained=False) -> He
         layer_sizes=(4,),
         base_model=BaseModelIdentity(name="base"),
         trained=trained,
+        training=training,
         created="2026-01-01T00:00:00+00:00",
         packages={},
     )
@@ -33,10 +37,9 @@ HEADS = {"tok": describe_head(), "seq": describe_head("sequence")}
 
 
 def make_state(**changes) -> AdaptiveState:
-    heads = changes.get("heads", HEADS)
+    heads = changes.pop("heads", HEADS)
     fields = {
-        "heads": heads,
-        "default_head": next(iter(heads), None),
+        "heads": HeadRegistry(heads, next(iter(heads), None)),
         "adaptive_by_default": False,
         "served_names": (MODEL, "smol-2"),
         "tokenize_marker": lambda marker: [7],

@@ -139,6 +139,33 @@ def test_the_default_head_is_one_of_the_heads(refusal, serve, model, heads):
     assert "(none)" in refusal(model, "--default-head", "c")
 
 
+@pytest.fixture
+def admin_key(monkeypatch):
+    monkeypatch.setenv("ADAPTIVE_ADMIN_KEY", "open sesame")
+
+
+def test_heads_cannot_be_changed_by_default(serve, model):
+    args = serve(model)
+    assert settings_of(args).heads_dir is None and args.api_server_count is None
+
+
+def test_heads_can_be_changed_where_a_key_and_a_folder_say_so(serve, model, heads, admin_key):
+    args = serve(model, f"--heads-dir={heads}")
+    assert settings_of(args).heads_dir == heads and args.api_server_count == 1
+    assert "open sesame" not in repr(args)
+
+
+def test_half_of_what_changing_heads_needs_is_refused(
+    refusal, model, heads, admin_key, monkeypatch
+):
+    assert "--heads-dir" in refusal(model)
+    assert "not a folder" in refusal(model, f"--heads-dir={heads / 'gone'}")
+    several = refusal(model, f"--heads-dir={heads}", "--api-server-count=2")
+    assert "--api-server-count 1" in several
+    monkeypatch.delenv("ADAPTIVE_ADMIN_KEY")
+    assert "ADAPTIVE_ADMIN_KEY" in refusal(model, f"--heads-dir={heads}")
+
+
 def test_requests_are_ordinary_by_default(serve, model):
     assert settings_of(serve(model)).adaptive_by_default is False
 

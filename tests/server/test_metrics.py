@@ -116,6 +116,67 @@ def test_loaded_heads_are_described():
     assert sample(registry, info, head="b", trained="false", temperatures="0 1.25") == 1
 
 
+def test_a_loaded_head_has_its_series_before_its_first_request():
+    registry, _ = make_metrics()
+    assert sample(registry, "adaptive_temperature_count", head="tok") == 0
+    names = {found.name for family in registry.collect() for found in family.samples}
+    assert {"adaptive_request_temperature_count", "adaptive_requests_total"} <= names
+
+
+def test_the_choices_of_training_are_there_to_compare_with():
+    shares = {"0.0": 0.25, "0.3": 0.0, "0.7": 0.5, "1.0": 0.25}
+    trained = describe_head(training={"temperature_shares": shares})
+    registry, _ = make_metrics({"a": trained, "b": describe_head(temperatures=(0.5, 2.0))})
+    share = {
+        found.labels["le"]: found.value
+        for family in registry.collect()
+        for found in family.samples
+        if found.name == "adaptive_head_training_share"
+    }
+    expected = {"0.0": 0.25, "0.3": 0.25, "0.5": 0.25, "0.7": 0.75, "1.0": 1, "2.0": 1, "+Inf": 1}
+    assert share == expected
+
+
+def test_a_head_that_comes_later_has_buckets_of_its_own():
+    registry, metrics = make_metrics()
+    metrics.count_tokens(resolve(), {300_000: 2})
+    metrics.count_tokens(resolve(head="seq"), {300_000: 2})
+    metrics.remove_head("tok", HEADS["tok"])
+    metrics.add_head("tok", describe_head(temperatures=(0.1, 5.0)))
+    metrics.count_tokens(resolve(), {100_000: 1, 5_000_000: 3})
+    bucket = "adaptive_temperature_bucket"
+    assert sample(registry, bucket, head="tok", le="0.1") == 1
+    assert sample(registry, bucket, head="tok", le="1.0") == 1
+    assert sample(registry, bucket, head="tok", le="5.0") == 4
+    assert sample(registry, bucket, head="seq", le="0.3") == 2, "another head loses nothing"
+    assert sample(registry, "adaptive_head_info", head="tok", temperatures="0.1 5") == 1
+    assert sample(registry, "adaptive_head_info") == 2
+
+
+def test_a_head_that_comes_back_keeps_its_counts():
+    registry, metrics = make_metrics()
+    metrics.count_tokens(resolve(), {300_000: 2})
+    metrics.remove_head("tok", HEADS["tok"])
+    assert sample(registry, "adaptive_head_info", head="tok") == 0
+    metrics.add_head("tok", HEADS["tok"])
+    assert sample(registry, "adaptive_temperature_count", head="tok") == 2
+
+
+def test_a_canary_is_shown_until_it_ends():
+    registry, metrics = make_metrics()
+    metrics.set_canary("tok", "seq", 0.1)
+    assert sample(registry, "adaptive_canary_share", head="tok", canary="seq") == 0.1
+    metrics.set_canary("tok", "seq", 0)
+    assert "adaptive_canary_share{" not in generate_latest(registry).decode()
+
+
+def test_changes_of_heads_are_counted():
+    registry, metrics = make_metrics()
+    metrics.count_change("load", "refused")
+    changes = "adaptive_head_changes_total"
+    assert sample(registry, changes, model="smol", action="load", result="refused") == 1
+
+
 def test_without_heads_the_policies_have_buckets():
     registry, metrics = make_metrics({})
     metrics.count_tokens(resolve(policy="entropy"), {650_000: 1})

@@ -10,9 +10,10 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError
 from server.handlers import AdaptiveServingResponses
+from server.head_routes import HEADS_PATH
 from server.plugin import AdaptiveEndpoints, announce, require_engine_side
 from server.protocol import AdaptiveResponsesRequest
-from server.routes import CHAT_PATH, COMPLETION_PATH, HEADS_PATH, MODELS_PATH, RESPONSES_PATH
+from server.routes import CHAT_PATH, COMPLETION_PATH, MODELS_PATH, RESPONSES_PATH
 from tests.server.fakes import describe_head, feed, make_report, make_state
 
 ARGS = Namespace(host=None, port=8123, uds=None, ssl_certfile=None)
@@ -75,7 +76,14 @@ def test_the_routes_are_those_of_vllm_and_the_list_of_heads():
     known = {route.path for route in app.routes}
     AdaptiveEndpoints().attach_router(app)
     added = {path for path in app.openapi()["paths"]} - known
-    assert added == {CHAT_PATH, COMPLETION_PATH, RESPONSES_PATH, MODELS_PATH, HEADS_PATH}
+    assert added == {
+        CHAT_PATH,
+        COMPLETION_PATH,
+        RESPONSES_PATH,
+        MODELS_PATH,
+        HEADS_PATH,
+        HEADS_PATH + "/{name}",
+    }
 
 
 @pytest.fixture

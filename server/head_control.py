@@ -1,0 +1,225 @@
+"""Loads, replaces and removes heads while the server runs.
+
+A head is read and verified here, then loaded by every worker beside those that serve; only when all
+of them have it does it take its name. A head that fails on the way changes nothing.
+"""
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+from vllm.logger import init_logger
+
+from adaptive_head.checkpoint import HeadError
+from adaptive_head.vllm import LOADING
+from adaptive_head.vllm.heads import HeadVerifier
+from adaptive_head.vllm.settings import check_head_name
+from server.heads import Canary, HeadRegistry, ServedHead
+from server.metrics import AdaptiveMetrics
+
+# Each poll is a pause of well below a millisecond between two of the engine's steps.
+POLL_INTERVAL_S = 0.05
+# No separator of paths, no name that a folder cannot have or that a label would need quotes for.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+logger = init_logger("vllm.adaptive")
+
+
+class HeadConflictError(Exception):
+    """A change that another role of the head forbids (a 409). The message says what to do first."""
+
+
+class WorkerError(Exception):
+    """A verified head that a worker could not load (a 500)."""
+
+
+class HeadControl:
+    """Changes the heads of a running engine, one change at a time.
+
+    Args:
+        engine_client: vLLM's asynchronous one, with the workers behind it. It must be the only one
+            of its engine: no other API process would hear of a change.
+        registry: the heads that requests find.
+        heads_dir: heads are loaded from below this folder only.
+    """
+
+    def __init__(
+        self,
+        engine_client: EngineClient,
+        registry: HeadRegistry,
+        metrics: AdaptiveMetrics,
+        heads_dir: Path,
+    ) -> None:
+        self._engine_client = engine_client
+        self._registry = registry
+        self._metrics = metrics
+        self._heads_dir = heads_dir.resolve()
+        self._verifier = HeadVerifier(engine_client.vllm_config)
+        self._lock = asyncio.Lock()
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        registry.release = self._release
+
+    async def load(self, name: str, folder: str | None, *, is_default: bool) -> ServedHead:
+        """Serve a head from the next request on, also in the place of one of its name.
+
+        Args:
+            folder: below the heads' folder; the head's name where it is None.
+
+        Raises:
+            VLLMValidationError: the name or the folder is wrong, or the head cannot be used.
+            WorkerError: a worker could not load it.
+        """
+        check_name(name)
+        path = self._find_folder(folder or name)
+        async with self._lock:
+            try:
+                loaded = await asyncio.to_thread(self._verifier.load, path)
+            except HeadError as error:
+                raise VLLMValidationError(str(error), parameter="folder") from None
+            generation = self._registry.next_generation()
+            await self._load_in_workers(name, generation, path, loaded.digest)
+            if (replaced := self._registry.by_name.get(name)) is not None:
+                self._metrics.remove_head(name, replaced.metadata)
+            self._metrics.add_head(name, loaded.metadata)
+            head = self._registry.put(name, generation, loaded.metadata)
+            if is_default or self._registry.default is None:
+                self._registry.default = name
+        logger.info("Head %s is now that of %s (generation %d)", name, path, generation)
+        return head
+
+    async def remove(self, name: str) -> None:
+        """Serve a head no longer. Requests that have it are finished with it.
+
+        Raises:
+            VLLMNotFoundError: there is no such head.
+            HeadConflictError: it is the default, or part of a canary.
+        """
+        async with self._lock:
+            head = self._find(name)
+            if name == self._registry.default:
+                raise HeadConflictError(
+                    f"head {name!r} is the default; make another one that first"
+                )
+            for source, canary in self._registry.find_canaries(name).items():
+                raise HeadConflictError(
+                    f"head {canary.name!r} is the canary of head {source!r}; end that first"
+                )
+            self._registry.remove(name)
+            self._metrics.remove_head(name, head.metadata)
+        logger.info("Head %s is served no longer", name)
+
+    async def set_default(self, name: str) -> None:
+        """Give a head the requests that name none.
+
+        Raises:
+            VLLMNotFoundError: there is no such head.
+        """
+        async with self._lock:
+            self._find(name)
+            self._registry.default = name
+        logger.info("Head %s is now the default", name)
+
+    async def set_canary(self, name: str, canary: Canary | None) -> None:
+        """Let another head answer a share of a head's requests; None, or a share of 0, ends that.
+
+        Raises:
+            VLLMNotFoundError: there is no head `name`.
+            VLLMValidationError: there is no such canary, or it is the head itself.
+        """
+        async with self._lock:
+            self._find(name)
+            if canary is not None and canary.percent == 0:
+                canary = None
+            if canary is not None and (
+                canary.name == name or canary.name not in self._registry.by_name
+            ):
+                others = (
+                    ", ".join(sorted(self._registry.by_name.keys() - {name})) or "none is loaded"
+                )
+                raise VLLMValidationError(
+                    f"the canary of {name!r} must be another loaded head ({others}), "
+                    f"got {canary.name!r:.80}",
+                    parameter="canary.head",
+                )
+            if (ended := self._registry.canaries.get(name)) is not None:
+                self._metrics.set_canary(name, ended.name, 0)
+            if canary is not None:
+                self._metrics.set_canary(name, canary.name, canary.percent / 100)
+            self._registry.set_canary(name, canary)
+        logger.info("The canary of head %s is now %s", name, canary)
+
+    def _find(self, name: str) -> ServedHead:
+        head = self._registry.by_name.get(name)
+        if head is None:
+            loaded = ", ".join(sorted(self._registry.by_name)) or "none"
+            raise VLLMNotFoundError(f"no head {name!r:.80}; loaded: {loaded}")
+        return head
+
+    def _find_folder(self, folder: str) -> Path:
+        try:
+            path = (self._heads_dir / folder).resolve()
+        except (OSError, ValueError, RuntimeError):
+            # Too long a name, a NUL in it, a loop of links.
+            path = self._heads_dir
+        if path == self._heads_dir or not path.is_relative_to(self._heads_dir):
+            raise VLLMValidationError(
+                f"folder must be one below the server's --heads-dir, got {folder!r:.80}",
+                parameter="folder",
+            )
+        return path
+
+    async def _load_in_workers(self, name: str, generation: int, path: Path, digest: str) -> None:
+        try:
+            while True:
+                states = await self._call_workers("add_head", name, generation, str(path), digest)
+                for reason in set(states) - {LOADING, None}:
+                    raise WorkerError(f"a worker could not load head {name!r}: {reason}")
+                if LOADING not in states:
+                    return
+                await asyncio.sleep(POLL_INTERVAL_S)
+        except BaseException:
+            self._release(name, generation)
+            raise
+
+    async def _call_workers(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every worker of every data-parallel engine; their results."""
+        # `collective_rpc` of the client itself returns those of the first engine only.
+        core: Any = self._engine_client.engine_core
+        # No timeout: vLLM would take a late reply for the answer to its next call.
+        engines = await core.call_utility_all_async("collective_rpc", method, None, args, None)
+        return [result for workers in engines for result in workers]
+
+    def _release(self, name: str, generation: int) -> None:
+        """Let the workers forget a head. May be called on any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._begin_release, name, generation)
+
+    def _begin_release(self, name: str, generation: int) -> None:
+        task = self._loop.create_task(self._forget(name, generation))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _forget(self, name: str, generation: int) -> None:
+        try:
+            await self._call_workers("remove_head", name, generation)
+        except Exception:
+            # It costs memory until the restart that a broken engine needs anyway.
+            logger.exception("The workers keep head %s, generation %d", name, generation)
+
+
+def check_name(name: str) -> None:
+    """Raise VLLMValidationError for a name that a head cannot have."""
+    if not _NAME.fullmatch(name):
+        raise VLLMValidationError(
+            "name must be 1 to 64 letters, digits, dots, dashes or underscores, the first of them "
+            f"a letter or digit, got {name!r:.80}",
+            parameter="name",
+        )
+    try:
+        check_head_name(name)
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter="name") from None

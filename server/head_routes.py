@@ -1,0 +1,155 @@
+"""`/v1/adaptive/heads`: which heads there are, and, with the admin key, changing them."""
+
+import hmac
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, HTTPException, Request
+from fastapi.params import Depends
+from pydantic import BaseModel, ConfigDict, Field
+from vllm.exceptions import VLLMError, VLLMValidationError
+
+from server.admission import AdaptiveState
+from server.head_control import HeadConflictError, HeadControl, WorkerError
+from server.heads import Canary, HeadRegistry, ServedHead
+
+HEADS_PATH = "/v1/adaptive/heads"
+ADMIN_KEY_HEADER = "X-Admin-Key"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class LoadRequest(_Strict):
+    """Load a head, also in the place of the one of its name."""
+
+    name: str = Field(description="The name by which requests pick it.")
+    folder: str | None = Field(None, description="Below --heads-dir; null: the name.")
+    default: bool = Field(False, description="Whether requests that name no head get it.")
+
+
+class CanaryShare(_Strict):
+    """Another head's share of a head's requests."""
+
+    head: str = Field(description="The head that answers the share.")
+    percent: float = Field(ge=0.0, le=100.0, allow_inf_nan=False)
+
+
+class ChangeRequest(_Strict):
+    """Change what a loaded head is for."""
+
+    default: bool | None = Field(None, description="true: requests that name no head get it.")
+    canary: CanaryShare | None = Field(None, description="null ends it.")
+
+
+def make_head_router() -> APIRouter:
+    """The routes; all but the first answer 403 where control is off, and 401 without the key."""
+    router = APIRouter()
+    router.get(HEADS_PATH)(show_heads)
+    router.post(HEADS_PATH)(load_head)
+    router.patch(HEADS_PATH + "/{name}")(change_head)
+    router.delete(HEADS_PATH + "/{name}")(remove_head)
+    return router
+
+
+async def show_heads(raw_request: Request) -> dict[str, Any]:
+    """The loaded heads with their metadata."""
+    heads = find_registry(raw_request)
+    return {"object": "list", "data": [describe(head, heads) for head in heads]}
+
+
+def require_control(
+    raw_request: Request,
+    key: Annotated[str | None, Header(alias=ADMIN_KEY_HEADER)] = None,
+) -> HeadControl:
+    """The control of the heads, for a request with the admin key."""
+    state: AdaptiveState = raw_request.app.state.adaptive
+    if state.control is None or state.admin_key is None:
+        raise HTTPException(
+            HTTPStatus.FORBIDDEN,
+            "changing heads is off; start adaptive-serve with ADAPTIVE_ADMIN_KEY and --heads-dir",
+        )
+    if not hmac.compare_digest((key or "").encode(), state.admin_key.encode()):
+        raise HTTPException(
+            HTTPStatus.UNAUTHORIZED, f"the header {ADMIN_KEY_HEADER} must hold the admin key"
+        )
+    return state.control
+
+
+Control = Annotated[HeadControl, Depends(require_control)]
+
+
+async def load_head(request: LoadRequest, raw_request: Request, control: Control) -> dict[str, Any]:
+    """Load a head, or replace one: the old one serves until the new one is verified."""
+    with counting(raw_request, "load"):
+        head = await control.load(request.name, request.folder, is_default=request.default)
+    return describe(head, find_registry(raw_request))
+
+
+async def change_head(
+    name: str, request: ChangeRequest, raw_request: Request, control: Control
+) -> dict[str, Any]:
+    """Make a head the default; give it a canary, or end its canary."""
+    if request.default is False:
+        raise VLLMValidationError(
+            "default can only be true: make another head the default", parameter="default"
+        )
+    if request.default:
+        with counting(raw_request, "default"):
+            await control.set_default(name)
+    if "canary" in request.model_fields_set:
+        share = request.canary
+        canary = None if share is None else Canary(share.head, share.percent)
+        with counting(raw_request, "canary"):
+            await control.set_canary(name, canary)
+    heads = find_registry(raw_request)
+    return describe(heads.by_name[name], heads)
+
+
+async def remove_head(name: str, raw_request: Request, control: Control) -> dict[str, Any]:
+    """Serve a head no longer."""
+    with counting(raw_request, "remove"):
+        await control.remove(name)
+    return {"id": name, "object": "adaptive.head", "deleted": True}
+
+
+@contextmanager
+def counting(raw_request: Request, action: str) -> Iterator[None]:
+    """Count an attempt to change the heads, and answer 409 and 500 where they are due."""
+    metrics = raw_request.app.state.adaptive.metrics
+    try:
+        yield
+    except VLLMError:
+        metrics.count_change(action, "refused")
+        raise
+    except HeadConflictError as error:
+        metrics.count_change(action, "refused")
+        raise HTTPException(HTTPStatus.CONFLICT, str(error)) from None
+    except WorkerError as error:
+        metrics.count_change(action, "failed")
+        raise HTTPException(HTTPStatus.INTERNAL_SERVER_ERROR, str(error)) from None
+    except Exception:
+        metrics.count_change(action, "failed")
+        raise
+    metrics.count_change(action, "done")
+
+
+def find_registry(raw_request: Request) -> HeadRegistry:
+    state: AdaptiveState = raw_request.app.state.adaptive
+    return state.heads
+
+
+def describe(head: ServedHead, heads: HeadRegistry) -> dict[str, Any]:
+    """A head as the routes show it."""
+    canary = heads.canaries.get(head.name)
+    return {
+        "id": head.name,
+        "object": "adaptive.head",
+        "default": head.name == heads.default,
+        "generation": head.generation,
+        "canary": canary and {"head": canary.name, "percent": canary.percent},
+        **head.metadata.model_dump(mode="json"),
+    }

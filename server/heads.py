@@ -1,0 +1,139 @@
+"""The heads that the server answers with: which, by what name, and who takes a canary's share."""
+
+import random
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from adaptive_head.checkpoint import HeadMetadata
+from adaptive_head.options import AdaptiveRequest, Level, Options
+
+# Called with the name and generation of a head that no request has any more.
+Release = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class ServedHead:
+    """One head in the engine. The requests that it answers hold on to it; see `HeadRegistry`.
+
+    `generation` is 0 for the heads of the start, and a new number each for those that come later:
+    a replaced head and its successor serve side by side until the last request of the old one ends.
+    """
+
+    name: str
+    generation: int
+    metadata: HeadMetadata
+
+    @property
+    def level(self) -> Level:
+        return self.metadata.level
+
+
+@dataclass(frozen=True)
+class Canary:
+    """The head that answers `percent` of another one's requests."""
+
+    name: str
+    percent: float
+
+
+class HeadRegistry:
+    """The heads by name. Each change is one assignment: a request sees all of it or none.
+
+    Args:
+        heads: those that the engine has loaded at its start.
+        default: the head of requests that name none.
+
+    Attributes:
+        release: told of each head that was replaced or removed, once no request has it.
+    """
+
+    release: Release | None = None
+
+    def __init__(self, heads: Mapping[str, HeadMetadata], default: str | None = None) -> None:
+        self._heads: dict[str, ServedHead] = {}
+        self._canaries: dict[str, Canary] = {}
+        self._last_generation = 0
+        self.default = default
+        for name, metadata in heads.items():
+            self._heads[name] = self._begin(ServedHead(name, 0, metadata))
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    def __iter__(self) -> Iterator[ServedHead]:
+        return iter(self._heads.values())
+
+    @property
+    def by_name(self) -> Mapping[str, ServedHead]:
+        return MappingProxyType(self._heads)
+
+    @property
+    def canaries(self) -> Mapping[str, Canary]:
+        """The canaries by the heads whose requests they share."""
+        return MappingProxyType(self._canaries)
+
+    def next_generation(self) -> int:
+        """A number that no head has had."""
+        self._last_generation += 1
+        return self._last_generation
+
+    def put(self, name: str, generation: int, metadata: HeadMetadata) -> ServedHead:
+        """Serve a head from the next request on, in the place of one of its name."""
+        head = self._begin(ServedHead(name, generation, metadata))
+        self._heads = self._heads | {name: head}
+        return head
+
+    def remove(self, name: str) -> None:
+        """Serve a head no longer. It may be neither the default nor part of a canary."""
+        assert name != self.default and not self.find_canaries(name)
+        self._heads = {other: head for other, head in self._heads.items() if other != name}
+
+    def set_canary(self, name: str, canary: Canary | None) -> None:
+        """Let another head answer a share of a head's requests, or none."""
+        others = {other: found for other, found in self._canaries.items() if other != name}
+        self._canaries = others | {name: canary} if canary else others
+
+    def find_canaries(self, name: str) -> dict[str, Canary]:
+        """The canaries that a head is part of, as the one or the other."""
+        return {
+            head: canary for head, canary in self._canaries.items() if name in (head, canary.name)
+        }
+
+    def choose(
+        self, options: Options, request: AdaptiveRequest, seed: int | None
+    ) -> tuple[Options, ServedHead | None]:
+        """Decide which head answers a request.
+
+        Args:
+            options: resolved against `by_name`.
+            request: as the client sent it. If it insists on a level, no canary of another answers.
+            seed: the request's own: the same seed is answered by the same head.
+
+        Returns:
+            The options with that head's name, level and generation, and the head, which the
+            request's report must hold on to; None for a policy without one.
+        """
+        if options.policy != "head":
+            return options, None
+        head = self._heads[options.name]
+        if (canary := self._canaries.get(head.name)) is not None:
+            other = self._heads[canary.name]
+            draw = (
+                random.random() if seed is None else random.Random(f"{head.name} {seed}").random()
+            )
+            if 100 * draw < canary.percent and request.level in (None, other.level):
+                head = other
+        options = replace(options, name=head.name, level=head.level, generation=head.generation)
+        return options, head
+
+    def _begin(self, head: ServedHead) -> ServedHead:
+        # Whoever answers, streams or is cancelled with a head drops its reference in the end; to
+        # count requests in and out would need a line in every one of those places.
+        weakref.finalize(head, self._end, head.name, head.generation).atexit = False
+        return head
+
+    def _end(self, name: str, generation: int) -> None:
+        if self.release is not None:
+            self.release(name, generation)

@@ -1,0 +1,127 @@
+import gc
+from collections import Counter
+
+import pytest
+
+from adaptive_head.options import parse_request, resolve_options
+from server.heads import Canary, HeadRegistry
+from tests.server.fakes import describe_head
+
+TOKEN, SEQUENCE = describe_head(), describe_head("sequence")
+
+
+def make_registry(**heads) -> HeadRegistry:
+    return HeadRegistry(heads or {"a": TOKEN, "b": TOKEN}, "a")
+
+
+def choose(registry, seed=None, **adaptive):
+    request = parse_request(adaptive)
+    options = resolve_options(request, registry.by_name, registry.default, lambda marker: [7])
+    return registry.choose(options, request, seed)
+
+
+def count(registry, num_requests=2000, **adaptive) -> Counter:
+    return Counter(choose(registry, **adaptive)[0].name for _ in range(num_requests))
+
+
+def test_a_request_gets_the_head_that_it_asks_for():
+    registry = make_registry()
+    for asked, name in [({}, "a"), ({"head": "b"}, "b")]:
+        options, head = choose(registry, **asked)
+        assert (options.name, head.name, options.generation) == (name, name, 0)
+    assert choose(registry, policy="entropy")[1] is None
+
+
+def test_a_head_that_comes_later_has_a_generation_of_its_own():
+    registry = make_registry()
+    registry.put("a", registry.next_generation(), SEQUENCE)
+    registry.put("c", registry.next_generation(), TOKEN)
+    options, _ = choose(registry)
+    assert (options.name, options.generation, options.level) == ("a", 1, "sequence")
+    assert choose(registry, head="c")[0].generation == 2
+    assert choose(registry, head="b")[0].generation == 0
+
+
+@pytest.mark.parametrize("percent", [5, 50])
+def test_a_canary_gets_its_share(percent):
+    registry = make_registry()
+    registry.set_canary("a", Canary("b", percent))
+    share = count(registry)["b"] / 2000
+    # Four standard deviations.
+    assert share == pytest.approx(percent / 100, abs=4 * (0.25 / 2000) ** 0.5)
+    assert count(registry, 50, head="b") == {"b": 50}, "a canary's own requests are its own"
+
+
+def test_all_or_none_go_to_a_canary_at_the_ends():
+    registry = make_registry()
+    registry.set_canary("a", Canary("b", 100))
+    assert count(registry, 100) == {"b": 100}
+    registry.set_canary("a", None)
+    assert count(registry, 100) == {"a": 100} and not registry.canaries
+
+
+def test_the_same_seed_is_answered_by_the_same_head():
+    registry = make_registry()
+    registry.set_canary("a", Canary("b", 50))
+    names = [choose(registry, seed=seed)[0].name for seed in range(300)]
+    assert names == [choose(registry, seed=seed)[0].name for seed in range(300)]
+    assert 100 < names.count("b") < 200
+
+
+def test_a_canary_of_another_level_leaves_requests_alone_that_insist_on_theirs():
+    registry = make_registry(a=TOKEN, b=SEQUENCE)
+    registry.set_canary("a", Canary("b", 100))
+    options, _ = choose(registry)
+    assert (options.name, options.level) == ("b", "sequence")
+    options, _ = choose(registry, level="token")
+    assert (options.name, options.level) == ("a", "token")
+
+
+def test_a_canary_of_a_canary_is_not_asked():
+    registry = make_registry(a=TOKEN, b=TOKEN, c=TOKEN)
+    registry.set_canary("a", Canary("b", 100))
+    registry.set_canary("b", Canary("c", 100))
+    assert choose(registry)[0].name == "b"
+    assert registry.find_canaries("b").keys() == {"a", "b"}
+
+
+@pytest.fixture
+def released():
+    return []
+
+
+@pytest.fixture
+def registry(released):
+    registry = make_registry()
+    registry.release = lambda name, generation: released.append((name, generation))
+    return registry
+
+
+def test_a_replaced_head_is_released_when_its_last_request_ends(registry, released):
+    _, first = choose(registry)
+    _, second = choose(registry)
+    registry.put("a", 1, TOKEN)
+    assert released == []
+    del first
+    assert released == []
+    del second
+    assert released == [("a", 0)]
+    registry.put("a", 2, TOKEN)
+    assert released == [("a", 0), ("a", 1)]
+
+
+def test_a_removed_head_is_released(registry, released):
+    _, head = choose(registry, head="b")
+    registry.remove("b")
+    assert "b" not in registry.by_name and released == []
+    del head
+    assert released == [("b", 0)]
+
+
+def test_a_cycle_delays_the_release_until_it_is_collected(registry, released):
+    holder = [choose(registry, head="b")[1]]
+    holder.append(holder)
+    registry.remove("b")
+    del holder
+    gc.collect()
+    assert released == [("b", 0)]
