@@ -91,3 +91,5 @@ def test_what_a_leaving_client_has_read_is_checked_too():
         check_beginning(make_ask(report="tokens"), answer)
     with pytest.raises(WrongAnswerError, match="a fixed answer"):
         check_beginning(make_ask(0.7), answer)
+    with pytest.raises(WrongAnswerError, match="ended without"):
+        check_beginning(replace(make_ask(report="tokens"), leave_after=5), answer)

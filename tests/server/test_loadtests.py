@@ -43,16 +43,23 @@ def test_adaptive_and_fixed_are_compared(server, tmp_path):
 
 
 def test_vllms_benchmark_counts_the_tokens_that_the_server_counts(server, model, tmp_path):
-    before = server.sum_metric("adaptive_temperature_count")
     """The document's command, smaller."""
-    words = shlex.split(
-        BENCH.replace("http://127.0.0.1:8000", server.url)
-        .replace(EMBEDDED_NAME, MODEL)
-        .replace("$(python -m adaptive_head.embedded_model)", str(model))
-    )
+    before = server.sum_metric("adaptive_temperature_count")
+    changes = {
+        "\\\n": " ",
+        "http://127.0.0.1:8000": server.url,
+        EMBEDDED_NAME: MODEL,
+        "$(python -m adaptive_head.embedded_model)": str(model),
+        "-input-len 64": "-input-len 16",
+        "-output-len 32": "-output-len 8",
+        "--num-prompts 20": "--num-prompts 3",
+    }
+    command = BENCH
+    for old, new in changes.items():
+        assert old in command
+        command = command.replace(old, new)
     finished = run(
-        *words[3:],
-        *("--random-input-len", 16, "--random-output-len", 8, "--num-prompts", 3),
+        *shlex.split(command)[3:],
         *("--ready-check-timeout-sec", 0, "--ignore-eos"),
         *("--save-result", "--result-dir", tmp_path, "--result-filename", "result.json"),
     )
