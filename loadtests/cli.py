@@ -65,7 +65,7 @@ def compare(
     scale: Scale = 1.0,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of blocks.")] = 10,
     requests: Annotated[int, typer.Option(min=1, help="Of each user in a block.")] = 3,
-    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("comparison"),
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("runs/comparison"),
 ) -> None:
     """Measure adaptive against fixed in turns; write HTML, Markdown and plots."""
     from loadtests.compare import CompareError, make_plan

@@ -1,5 +1,6 @@
 """A comparison as HTML, Markdown and plots, from nothing but its measurements."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +152,7 @@ def list_facts(measurements: Measurements) -> list[tuple[str, str]]:
     rates = [np.median([measure_requests(pair[arm]) for pair in pairs]) for arm in (0, 1)]
     adaptive, fixed = (
         ", ".join(
-            str(style.temperature if style.arm == "fixed" else style.adaptive or "default")
-            + f" (weight {style.weight})"
+            f"{json.dumps(style.fields)} × {style.weight}"
             for style in plan.scenario.styles
             if style.arm == arm
         )
@@ -162,8 +162,8 @@ def list_facts(measurements: Measurements) -> list[tuple[str, str]]:
     processor = f"{machine['num_cores']} × {machine['cpu']}, {machine['system']}"
     return [
         ("model", measurements.model),
-        ("adaptive requests", adaptive),
-        ("fixed requests", fixed),
+        ("adaptive requests, × weight", adaptive),
+        ("fixed requests, × weight", fixed),
         ("users", str(max(stage.users for stage in plan.scenario.stages))),
         ("requests of a user in a block", str(plan.num_requests)),
         ("requests per second", f"adaptive {rates[0]:.4g}, fixed {rates[1]:.4g} (medians)"),
