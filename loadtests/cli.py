@@ -43,12 +43,13 @@ def run(
     environment = {SCENARIO: scenario, SCALE: str(scale), DURATION: str(duration or "")}
     try:
         read_scenario(environment)
-    except ScenarioError as error:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+    except (ScenarioError, OSError) as error:
         refuse(error)
     page = ["--web-host", "127.0.0.1", "--web-port", str(web_port)]
     options = page if web else ["--headless", "--only-summary"]
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         options += ["--csv", str(out / "locust"), "--html", str(out / "locust.html")]
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--host", url, *options]
     # In place of this process, so that signals and the exit code are locust's.
@@ -76,7 +77,7 @@ def compare(
             load_scenario(scenario).adjust(scale), url, fixed_url or url, pairs, requests
         )
         measurements, rows = measure_and_report(plan, out)
-    except ScenarioError as error:
+    except (ScenarioError, OSError) as error:
         refuse(error)
     except CompareError:
         raise typer.Exit(2) from None

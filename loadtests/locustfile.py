@@ -71,6 +71,7 @@ def prepare(environment: Environment, **_: Any) -> None:
 
 @events.test_start.add_listener
 def begin(environment: Environment, **_: Any) -> None:
+    environment.process_exit_code = None
     try:
         SESSION.begin(environment.host or "")
     except TargetError as error:
@@ -80,7 +81,11 @@ def begin(environment: Environment, **_: Any) -> None:
 
 @events.test_stop.add_listener
 def end(environment: Environment, **_: Any) -> None:
+    if environment.process_exit_code == 2:
+        return
     wrong = SESSION.end()
+    if environment.runner is not None and environment.runner.exceptions:
+        wrong.append("users failed by themselves, see the exceptions above")
     logger.info("Tokens: %s", SESSION.summary)
     for sentence in wrong:
         logger.error("FAILED: %s", sentence)
@@ -93,5 +98,4 @@ def end(environment: Environment, **_: Any) -> None:
             exception=BrokenRunError(sentence),
             context={},
         )
-    if environment.process_exit_code != 2:
-        environment.process_exit_code = 1 if wrong else 0
+    environment.process_exit_code = 1 if wrong else 0
