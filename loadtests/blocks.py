@@ -56,6 +56,7 @@ def measure(plan: Plan) -> Measurements:
     measurements = Measurements(
         plan=plan,
         model=targets["adaptive"].model,
+        heads={name: head.temperatures for name, head in targets["adaptive"].heads.items()},
         versions={arm: read_version(target.url) for arm, target in targets.items()},
     )
     try:
@@ -98,7 +99,7 @@ def run_block(plan: Plan, pair: int, arm: Arm, target: Target, accounts: Account
 
     users = Group()
     num_users = max(stage.users for stage in plan.scenario.stages)
-    before = read_counters(target.url)
+    first, second = read_cpu(target), read_cpu(target)
     start = perf_counter()
     try:
         for number, kind in enumerate(assign_kinds(plan.scenario.mix, num_users)):
@@ -107,8 +108,14 @@ def run_block(plan: Plan, pair: int, arm: Arm, target: Target, accounts: Account
     finally:
         users.kill()
     block.seconds = perf_counter() - start
-    block.cpu_seconds = read_counters(target.url)[CPU_SECONDS] - before[CPU_SECONDS]
+    # Less what it costs the server to say so.
+    block.cpu_seconds = read_cpu(target) - second - (second - first)
     return block
+
+
+def read_cpu(target: Target) -> float:
+    """Processor seconds of the server's API process so far; 0 if it does not say."""
+    return read_counters(target.url)[CPU_SECONDS]
 
 
 def count_answer(block: Block, answer: Answer) -> None:

@@ -87,7 +87,7 @@ def compare(
     for row in rows:
         ratio = row.ratio
         typer.echo(
-            f"{row.name.partition(',')[0]:<22}{ratio.mean:.3f}  [{ratio.low:.3f}, {ratio.high:.3f}]"
+            f"{row.name.partition(',')[0]:<36}{ratio.mean:.3f}  [{ratio.low:.3f}, {ratio.high:.3f}]"
             f"  {row.verdict}"
         )
     typer.echo(f"adaptive ÷ fixed, {len(measurements.list_pairs())} pairs: {out / 'report.html'}")

@@ -35,7 +35,7 @@ class Block(BaseModel):
     Attributes:
         pair: blocks of the same pair hold the same requests; -1 for those that warm up.
         seconds: from the first request to the last answer's end.
-        cpu_seconds: processor time of the server's API process; 0 if it does not say.
+        cpu_seconds: processor time of the server's API process; near 0 if it does not say.
         num_tokens: of all answers.
         ttfts: seconds to the first token, of each stream.
         itls: mean seconds between two tokens, of each stream.
@@ -60,12 +60,14 @@ class Measurements(BaseModel):
 
     Attributes:
         versions: of the servers' vLLM, by arm.
+        heads: the temperatures of each.
         wrong_tokens: where the server counted other tokens than its clients.
     """
 
     plan: Plan
     model: str
     versions: dict[Arm, str]
+    heads: dict[str, tuple[float, ...]]
     blocks: list[Block] = []
     wrong_tokens: list[str] = []
 

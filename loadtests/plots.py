@@ -42,7 +42,7 @@ def draw_ratios(ratios: Named) -> Figure:
 
 def draw_latencies(pairs: Sequence[tuple[Block, Block]]) -> Figure:
     """How many streams began, and went on, within so many milliseconds."""
-    figure = Figure(figsize=(7.2, 2.7), layout="constrained")
+    figure = Figure(figsize=(7.2, 2.9), layout="constrained")
     panels: Sequence[Axes] = figure.subplots(1, 2, sharey=True)
     for number, arm in enumerate(ARMS):
         blocks = [pair[number] for pair in pairs]
@@ -54,7 +54,9 @@ def draw_latencies(pairs: Sequence[tuple[Block, Block]]) -> Figure:
     panels[0].set_xlabel("time to first token, ms")
     panels[1].set_xlabel("mean time between two tokens of an answer, ms")
     panels[0].set_ylabel("share of streams")
-    panels[0].legend(frameon=False, loc="lower right", labelcolor=_INK)
+    handles, labels = panels[0].get_legend_handles_labels()
+    # Above the panels, where it hides no line.
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 

@@ -11,6 +11,8 @@ NUM_BOOTSTRAP = 10_000
 LEVEL = 0.95
 # With fewer, a percentile interval is much too narrow.
 MIN_PAIRS = 8
+# The kernel counts a process's time in hundredths of a second.
+MIN_CPU_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,10 @@ class Ratio:
 def compare_blocks(
     pairs: Sequence[tuple[Block, Block]], measure: Callable[[Block], float | None], seed: int
 ) -> Ratio | None:
-    """The ratio of a measure of blocks; None where no pair has it."""
+    """The ratio of a measure of blocks; None unless every block has it."""
     values = [(measure(adaptive), measure(fixed)) for adaptive, fixed in pairs]
     ratios = [a / b for a, b in values if a is not None and b]
-    return bootstrap_ratio(ratios, seed) if ratios else None
+    return bootstrap_ratio(ratios, seed) if ratios and len(ratios) == len(pairs) else None
 
 
 def bootstrap_ratio(ratios: Sequence[float], seed: int) -> Ratio:
@@ -71,8 +73,10 @@ def measure_speed(block: Block) -> float | None:
 
 
 def measure_cpu(block: Block) -> float | None:
-    """Processor seconds that the API process spends on a request."""
-    return block.cpu_seconds / block.num_requests if block.cpu_seconds else None
+    """Processor seconds that the API process spends on a request; None in too short a block."""
+    if block.cpu_seconds < MIN_CPU_SECONDS:
+        return None
+    return block.cpu_seconds / block.num_requests
 
 
 def measure_requests(block: Block) -> float | None:

@@ -124,7 +124,8 @@ def sum_temperatures(measurements: Measurements) -> dict[str, dict[float, int]]:
     sums: dict[str, Counter[float]] = {}
     for adaptive, _ in measurements.list_pairs():
         for name, counts in adaptive.temperatures.items():
-            known = sums.setdefault(name, Counter())
+            never_chosen = dict.fromkeys(measurements.heads.get(name, ()), 0)
+            known = sums.setdefault(name, Counter(never_chosen))
             known.update({float(key): count for key, count in counts.items()})
     return {name: dict(sorted(counts.items())) for name, counts in sorted(sums.items())}
 

@@ -10,8 +10,8 @@ import pytest
 
 from loadtests.compare import make_plan
 from loadtests.measurements import Block, Measurements, assign_kinds, order_blocks
-from loadtests.ratios import bootstrap_ratio, compare_blocks, measure_speed
-from loadtests.report import make_rows, write_report
+from loadtests.ratios import bootstrap_ratio, compare_blocks, measure_cpu, measure_speed
+from loadtests.report import make_rows, sum_temperatures, write_report
 from loadtests.scenario import Mix, ScenarioError
 from tests.loadtests.samples import make_scenario
 
@@ -69,7 +69,7 @@ def test_a_clear_difference_is_clear():
 
 def make_block(arm, pair, seconds, **changes) -> Block:
     fields = {
-        "cpu_seconds": seconds / 8,
+        "cpu_seconds": seconds / 4,
         "num_requests": 4,
         "num_tokens": 100,
         "ttfts": [0.1, 0.3],
@@ -83,7 +83,7 @@ def make_block(arm, pair, seconds, **changes) -> Block:
 def make_measurements(*blocks: Block, num_pairs=3, **fields) -> Measurements:
     plan = make_plan(make_scenario(), URL, URL, num_pairs, 2)
     versions = {"adaptive": "0.32.0", "fixed": "0.32.0"}
-    fields = {"model": "smol", "versions": versions} | fields
+    fields = {"model": "smol", "versions": versions, "heads": {"tok": (0.3, 0.7, 1.0)}} | fields
     return Measurements(plan=plan, blocks=list(blocks), **fields)
 
 
@@ -111,6 +111,12 @@ def test_a_pair_with_a_failure_or_without_its_other_half_is_left_out():
     measurements = make_measurements(*blocks[:-1])
     assert [pair[0].pair for pair in measurements.list_pairs()] == [1]
     assert measurements.is_broken
+
+
+def test_temperatures_that_were_never_chosen_are_shown_too():
+    assert sum_temperatures(make_measurements(*make_pairs(2))) == {
+        "tok": {0.3: 120, 0.7: 0, 1.0: 80}
+    }
 
 
 def test_the_report_says_what_was_measured_and_asks_nobody(tmp_path):
@@ -151,6 +157,15 @@ def test_without_a_whole_pair_there_is_no_report(tmp_path):
     with pytest.raises(ValueError, match="no pair of blocks"):
         write_report(make_measurements(make_block("fixed", 0, 1.0)), tmp_path)
     assert (tmp_path / "measurements.json").is_file()
+
+
+def test_a_block_too_short_for_the_kernels_clock_has_no_processor_time():
+    block = make_block("fixed", 0, 1.0, cpu_seconds=0.6)
+    assert measure_cpu(block) == pytest.approx(0.15)
+    block.cpu_seconds = 0.02
+    assert measure_cpu(block) is None
+    pairs = [(make_block("adaptive", 0, 2.0), block)]
+    assert compare_blocks(pairs, measure_cpu, 0) is None
 
 
 def test_what_was_not_streamed_has_no_latencies(tmp_path):

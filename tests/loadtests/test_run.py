@@ -211,7 +211,6 @@ def test_a_comparison_writes_its_report(mock, tmp_path):
         assert adaptive["num_tokens"] == fixed["num_tokens"] > 0
         assert sum(adaptive["temperatures"]["sequence"].values()) == adaptive["num_tokens"]
         assert not fixed["temperatures"]
-        assert adaptive["cpu_seconds"] > 0
     assert (tmp_path / "report.html").is_file()
 
 
