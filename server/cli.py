@@ -32,6 +32,9 @@ PLUGIN_GROUPS = (
     "vllm.stat_logger_plugins",
 )
 
+# vLLM's own default, 0, cuts off every answer that a restart finds running.
+SHUTDOWN_TIMEOUT_S = 30
+
 DESCRIPTION = """\
 An OpenAI-compatible server that chooses its own temperature: send
 "temperature": "adaptive" where you sent a number.
@@ -84,6 +87,16 @@ def make_parser() -> argparse.ArgumentParser:
         "the head was made for; for quantised copies of that model",
     )
     parser.add_argument(
+        "--request-log",
+        metavar="FILE",
+        help="append a line of JSON for every request, without its texts; - is the standard output",
+    )
+    parser.add_argument(
+        "--no-playground",
+        action="store_true",
+        help="leave out the page at /playground, which needs no key itself",
+    )
+    parser.add_argument(
         "--heads-dir",
         metavar="DIR",
         type=Path,
@@ -116,8 +129,12 @@ def main(argv: list[str] | None = None) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     import server.plugin  # noqa: F401
+    from server.shutdown import DRAIN
 
     ServeSubcommand.cmd(args)
+    if DRAIN.has_engine_died:
+        # vLLM would end with 0, which an orchestrator takes for intended.
+        parser.exit(1, "adaptive-serve: the engine died\n")
 
 
 def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
@@ -138,6 +155,8 @@ def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
         default_head=ours.default_head,
         adaptive_by_default=ours.adaptive_default,
         verify_base=not ours.no_verify_base,
+        request_log=ours.request_log,
+        playground=not ours.no_playground,
         heads_dir=ours.heads_dir and ours.heads_dir.expanduser().resolve(),
     )
     if settings.adaptive_by_default and not settings.heads:
@@ -147,6 +166,10 @@ def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
         args.api_server_count = 1
     check_heads(settings, Path(args.model_tag))
     refuse_options(args)
+    if settings.request_log is not None:
+        from server.request_log import check_target
+
+        check_target(settings.request_log)
     configure(args, settings)
     return args
 
@@ -170,11 +193,13 @@ def parse_vllm(vllm_argv: list[str]) -> Namespace:
     """Parse the options of `vllm serve`; on a CPU, with defaults that fit one."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="adaptive-serve"))
+    parser.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT_S)
     if current_platform.is_cpu():
         # Compiling takes minutes on a few cores, and bfloat16 without AVX-512 is emulated.
         parser.set_defaults(enforce_eager=True)
@@ -186,6 +211,7 @@ def parse_vllm(vllm_argv: list[str]) -> Namespace:
     parser.set_defaults(model=None)
     args = parser.parse_args(vllm_argv)
     args.model_tag = args.model_tag or args.model
+    configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     return args
 

@@ -16,7 +16,7 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from server.report import Report, find_report
-from server.stream import write_chunks, write_events
+from server.stream import end_with_error, write_chunks, write_events
 
 
 class AdaptiveServingChat(OpenAIServingChat):
@@ -70,7 +70,7 @@ class AdaptiveServingResponses(OpenAIServingResponses):
     def responses_stream_generator(
         self, request: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        events = super().responses_stream_generator(request, *args, **kwargs)
+        events = end_with_error(super().responses_stream_generator(request, *args, **kwargs))
         report = find_report(request)
         if report is None or not shows_tokens(request, report, self.parser):
             return events

@@ -1,7 +1,7 @@
 """The endpoint plugin that vLLM loads into its API process."""
 
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -26,11 +26,16 @@ from server.head_control import HeadControl
 from server.head_routes import make_head_router
 from server.heads import HeadRegistry
 from server.metrics import AdaptiveMetrics
-from server.routes import make_router
+from server.playground import PLAYGROUND_PATH, make_playground_router
+from server.record import Observer, Recorder
+from server.request_log import RequestLog
+from server.routes import CHAT_PATH, COMPLETION_PATH, RESPONSES_PATH, make_router
+from server.shutdown import DRAIN, DrainingClient, Gate, bound_closing, note_end
 
 # A custom vLLM logger name must start with "vllm" for its configuration to apply.
 logger = init_logger("vllm.adaptive")
 
+RECORDED_PATHS = (CHAT_PATH, COMPLETION_PATH, RESPONSES_PATH)
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
 # vLLM's request handlers by their names in the application's state, and what becomes of them.
 HANDLERS: dict[str, type[Any]] = {
@@ -50,7 +55,14 @@ class AdaptiveEndpoints:
         """Register the routes; vLLM lets them replace its own of the same path."""
         app.include_router(make_router())
         app.include_router(make_head_router())
-        app.router.lifespan_context = announce_after(app.router.lifespan_context)
+        args = app.state.args
+        if read_settings(args.additional_config).playground:
+            app.include_router(make_playground_router())
+        observers = make_observers(args)
+        app.add_middleware(Gate, drain=DRAIN)
+        if observers:
+            app.add_middleware(Recorder, paths=RECORDED_PATHS, observers=observers)
+        app.router.lifespan_context = extend_lifespan(app.router.lifespan_context, observers)
 
     async def init_state(self, engine_client: EngineClient, state: State, args: Namespace) -> None:
         """Prepare the routes' state, once the engine is up.
@@ -87,6 +99,8 @@ class AdaptiveEndpoints:
         )
         for name, handler_class in HANDLERS.items():
             extend_handler(getattr(state, name), handler_class, EngineProxy(engine_client))
+        # Last, and seen by vLLM's launcher and probes only: what stops the server.
+        state.engine_client = DrainingClient(engine_client, DRAIN)
 
 
 def extend_handler(handler: Any, handler_class: type[Any], proxy: EngineProxy) -> None:
@@ -121,16 +135,38 @@ def require_engine_side(worker_cls: object, scheduler_cls: object) -> None:
             )
 
 
-def announce_after(lifespan: Lifespan) -> Lifespan:
-    """The application's lifespan, announced at its start: the last that a start-up prints."""
+def make_observers(args: Namespace) -> list[Observer]:
+    """The request log and the tracer, where the command line asks for them.
+
+    Raises:
+        OSError: the log cannot be opened.
+    """
+    observers: list[Observer] = []
+    # The tracer first: the log writes its trace's number.
+    if args.otlp_traces_endpoint is not None:
+        from server.tracing import Tracer
+
+        observers.append(Tracer())
+    if (target := read_settings(args.additional_config).request_log) is not None:
+        observers.append(RequestLog(target))
+    return observers
+
+
+def extend_lifespan(lifespan: Lifespan, observers: Sequence[Observer]) -> Lifespan:
+    """The application's lifespan: announced at its start, which is the last that a start-up
+    prints, and closing the observers at its end."""
 
     @asynccontextmanager
-    async def announced(app: FastAPI) -> AsyncIterator[Any]:
+    async def extended(app: FastAPI) -> AsyncIterator[Any]:
         async with lifespan(app) as state:
             announce(app.state.adaptive, app.state.args)
+            bound_closing(app.state)
             yield state
+            note_end(app.state, DRAIN)
+        for observer in observers:
+            observer.close()
 
-    return announced
+    return extended
 
 
 def announce(state: AdaptiveState, args: Namespace) -> None:
@@ -152,6 +188,8 @@ def announce(state: AdaptiveState, args: Namespace) -> None:
         lines.append(f"  head    {head.name} ({head.level}{is_default}) [{temperatures}] {trained}")
     if not state.heads:
         lines.append("  heads   none; the learning-free policies work without")
+    if read_settings(args.additional_config).playground and not args.uds:
+        lines.append(f"  page    {url.removesuffix('/v1')}{PLAYGROUND_PATH}")
     if state.control is not None:
         lines.append("  control on: heads can be loaded, replaced and removed with the admin key")
     for line in lines:

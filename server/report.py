@@ -1,6 +1,7 @@
 """What an answer says of its temperatures, gathered while the engine generates it."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -39,12 +40,14 @@ class ChoiceReport:
         self._num_ready += num_tokens
 
     @property
+    def num_tokens(self) -> Mapping[int, int]:
+        """How many tokens so far at each temperature (millionths)."""
+        return self._num_tokens
+
+    @property
     def mean(self) -> float | None:
         """Mean temperature so far; None before the first token."""
-        total = sum(self._num_tokens.values())
-        if not total:
-            return None
-        return sum(micro * count for micro, count in self._num_tokens.items()) / total / MICRO
+        return mean_of(self._num_tokens)
 
     def take_ready(self) -> list[float]:
         """Temperatures of the tokens that are in the response and not yet reported."""
@@ -129,7 +132,7 @@ class PromptReport:
         head: ServedHead | None,
     ) -> None:
         self.options = options
-        self._detail = detail
+        self.detail = detail
         self._choices = choices
         self._metrics = metrics
         self._head = head
@@ -154,12 +157,18 @@ class PromptReport:
             for micro in micros:
                 self._uncounted[micro] = self._uncounted.get(micro, 0) + 1
             self._num_uncounted += len(micros)
-            if completion.finish_reason is not None and choice.mean is not None:
+            is_answer = completion.finish_reason not in (None, "abort")
+            if is_answer and choice.mean is not None:
                 self._metrics.count_answer(self.options, choice.mean)
         if self._num_uncounted >= _MAX_UNCOUNTED_TOKENS or output.finished:
             self.flush()
-        if self._detail == "tokens":
+        if self.detail == "tokens":
             output.outputs = _Outputs(output.outputs, self._choices)
+
+    @property
+    def num_tokens(self) -> Counter[int]:
+        """How many tokens so far at each temperature (millionths), of all choices."""
+        return sum((Counter(choice.num_tokens) for choice in self._choices), Counter())
 
     def flush(self) -> None:
         """Move what has been counted into the metrics."""
@@ -193,6 +202,30 @@ class _Outputs(list[CompletionOutput]):
         if choices is not None:
             for output in super().__iter__():
                 choices[output.index].mark_ready(len(output.token_ids))
+
+
+def summarise(reports: Sequence[PromptReport]) -> dict[str, Any]:
+    """What one line says of all prompts and choices of a request; there is at least one."""
+    options = reports[0].options
+    num_tokens = sum((report.num_tokens for report in reports), Counter())
+    mean = mean_of(num_tokens)
+    return {
+        "policy": options.policy,
+        "head": options.name if options.policy == "head" else None,
+        "level": options.level,
+        "report": reports[0].detail,
+        "mean": None if mean is None else round(mean, 6),
+        "min": min(num_tokens) / MICRO if num_tokens else None,
+        "max": max(num_tokens) / MICRO if num_tokens else None,
+    }
+
+
+def mean_of(num_tokens: Mapping[int, int]) -> float | None:
+    """Mean temperature of tokens counted by their temperatures (millionths); None without any."""
+    total = sum(num_tokens.values())
+    if not total:
+        return None
+    return sum(micro * count for micro, count in num_tokens.items()) / total / MICRO
 
 
 def find_report(request: Any) -> Report | None:

@@ -14,6 +14,7 @@ from server.protocol import (
     AdaptiveCompletionRequest,
     AdaptiveResponsesRequest,
 )
+from server.record import note_request
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETION_PATH = "/v1/completions"
@@ -48,18 +49,21 @@ async def create_chat_completion(
     request: AdaptiveChatCompletionRequest, raw_request: Request
 ) -> Response:
     """OpenAI's chat completions; `temperature` may be "adaptive"."""
+    note_request(request)
     admit(request, raw_request)
     return await chat.create_chat_completion(request, raw_request)
 
 
 async def create_completion(request: AdaptiveCompletionRequest, raw_request: Request) -> Response:
     """OpenAI's completions; `temperature` may be "adaptive"."""
+    note_request(request)
     admit(request, raw_request)
     return await completion.create_completion(request, raw_request)
 
 
 async def create_response(request: AdaptiveResponsesRequest, raw_request: Request) -> Response:
     """OpenAI's responses; `temperature` may be "adaptive"."""
+    note_request(request)
     admit(request, raw_request)
     return await responses.create_responses(request, raw_request)
 

@@ -1,11 +1,16 @@
 """Writes temperatures into the chunks of a streamed response."""
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
+from openai.types.responses import ResponseErrorEvent
+from vllm.logger import init_logger
 
 from server.report import Report
+
+logger = init_logger("vllm.adaptive")
 
 _PREFIX = "data: "
 # An unescaped quote cannot occur inside a JSON string, so this is a key with a text value.
@@ -64,3 +69,24 @@ async def write_events(
         if event.type.endswith(".delta") and (temperatures := report[0].take_ready()):
             event.adaptive = {"temperatures": temperatures}
         yield event
+
+
+async def end_with_error(events: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """The events of the Responses API, the last of which says so where the stream broke.
+
+    vLLM says it in the other two streams; here it only closes the connection.
+    """
+    num_events = 0
+    try:
+        async with aclosing(events):
+            async for event in events:
+                num_events += 1
+                yield event
+    except Exception as error:
+        logger.exception("the stream of a response broke")
+        yield ResponseErrorEvent(
+            type="error",
+            code="server_error",
+            message=f"the server could not go on: {type(error).__name__}",
+            sequence_number=num_events,
+        )

@@ -26,6 +26,9 @@ class AdaptiveSettings(BaseModel):
             which a head cannot answer: beam search, and LoRA adapters.
         verify_base: whether a head must have been made for exactly the served weights. Off for
             a quantised copy of the head's base model.
+        request_log: a file, or "-" for the standard output, that gets a line of JSON for every
+            request; null for none.
+        playground: whether `/playground` shows its page.
         heads_dir: where heads may be loaded from while the server runs; null: they are not.
     """
 
@@ -35,6 +38,8 @@ class AdaptiveSettings(BaseModel):
     default_head: str | None = None
     adaptive_by_default: bool = False
     verify_base: bool = True
+    request_log: str | None = None
+    playground: bool = True
     heads_dir: Path | None = None
 
     @property

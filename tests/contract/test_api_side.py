@@ -106,6 +106,7 @@ def test_the_entry_point_has_the_name_that_adaptive_serve_enables():
 def app() -> FastAPI:
     """vLLM's core routes with our plugin's over them, as `build_app` puts them together."""
     app = FastAPI()
+    app.state.args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     for module in (chat, completion, models, responses):
         module.attach_router(app)
     with pytest.MonkeyPatch.context() as patch:
@@ -174,6 +175,7 @@ def test_plugins_load_only_where_vllm_plugins_names_them():
         patch.delenv("VLLM_PLUGINS", raising=False)
         assert envs.VLLM_PLUGINS is None
         app = FastAPI()
+        app.state.args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
         chat.attach_router(app)
         attach_endpoint_plugins(app, ("generate",))
         (route,) = routes_of(app, CHAT_PATH, "POST")
@@ -438,6 +440,7 @@ def test_the_command_line_has_the_options_that_adaptive_serve_sets():
     assert not defaults["additional_config"]
     assert {"enforce_eager", "dtype", "kv_cache_memory_bytes", "host", "port"} <= defaults.keys()
     assert "sse_keep_alive_interval" in defaults
+    assert defaults["shutdown_timeout"] == 0 and defaults["otlp_traces_endpoint"] is None
     # What `adaptive-serve` looks at to refuse it before the engine starts.
     refused = {"return_sampling_mask", "runner", "enable_batch_sharded_sampling"}
     refused |= {"distributed_executor_backend", "speculative_config", "watermark_config", "model"}

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.heads import SHIPPED_HEADS
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.settings import read_settings
-from server import cli
+from server import cli, shutdown
 from tests.engine.tiny_model import HIDDEN_SIZE, make_tiny_model
 
 
@@ -144,6 +145,11 @@ def admin_key(monkeypatch):
     monkeypatch.setenv("ADAPTIVE_ADMIN_KEY", "open sesame")
 
 
+def test_the_playground_can_be_left_out(serve, model):
+    assert settings_of(serve(model)).playground is True
+    assert settings_of(serve(model, "--no-playground")).playground is False
+
+
 def test_heads_cannot_be_changed_by_default(serve, model):
     args = serve(model)
     assert settings_of(args).heads_dir is None and args.api_server_count is None
@@ -176,6 +182,38 @@ def test_requests_are_adaptive_by_default_only_where_a_head_can_answer(
     args = serve(model, f"--head={heads / 'a'}", "--adaptive-default")
     assert settings_of(args).adaptive_by_default is True
     assert "--adaptive-default needs a --head" in refusal(model, "--adaptive-default")
+
+
+def test_the_request_log_is_tried_before_anything_starts(serve, refusal, model, tmp_path):
+    assert settings_of(serve(model)).request_log is None
+    assert settings_of(serve(model, "--request-log", "-")).request_log == "-"
+    file = tmp_path / "log"
+    assert settings_of(serve(model, "--request-log", file)).request_log == str(file)
+    assert json.loads(file.read_text())["event"] == "start"
+    sentence = refusal(model, "--request-log", "/dev/full")
+    assert sentence == "adaptive-serve: --request-log /dev/full: No space left on device\n"
+    gone = tmp_path / "gone" / "log"
+    assert f"--request-log {gone}: No such file" in refusal(model, "--request-log", gone)
+
+
+def test_answers_may_end_when_the_server_stops_unless_the_user_is_in_a_hurry(serve, model):
+    assert serve(model).shutdown_timeout == cli.SHUTDOWN_TIMEOUT_S
+    assert serve(model, "--shutdown-timeout", 0).shutdown_timeout == 0
+
+
+def test_a_dead_engine_is_exit_code_1(served, model, monkeypatch, capsys):
+    monkeypatch.setattr(shutdown.DRAIN, "has_engine_died", True)
+    with pytest.raises(SystemExit) as caught:
+        cli.main([str(model)])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "adaptive-serve: the engine died\n"
+
+
+def test_vllms_options_of_logging_are_applied(serve, model, monkeypatch):
+    applied = []
+    monkeypatch.setattr("vllm.logger.configure_logging_if_needed", applied.append)
+    serve(model, "--logging-config.formatter", "json")
+    assert applied[0].formatter == "json"
 
 
 def test_a_folder_may_have_an_equals_sign_in_its_path(refusal, model, heads):

@@ -3,10 +3,12 @@ import asyncio
 import pytest
 from prometheus_client import CollectorRegistry
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from adaptive_head.options import EXTRA_ARGS_KEY, Options
+from server import engine_proxy
 from server.engine_proxy import EngineProxy
+from server.record import _CURRENT, RequestRecord
 from tests.server.fakes import make_output, make_report, sample
 
 
@@ -144,3 +146,103 @@ def test_an_adapter_that_is_found_late_is_refused_for_a_head():
         EngineProxy(engine).generate("prompt", adaptive_params(), "id", lora_request=object())
     assert caught.value.parameter == "model"
     assert not engine.calls
+
+
+class AbortableEngine(Engine):
+    """Delivers nothing but what an abort by name makes it deliver."""
+
+    def __init__(self, *outputs):
+        super().__init__(*outputs)
+        self.aborted = []
+        self.is_aborted = asyncio.Event()
+
+    async def abort(self, request_id):
+        self.aborted.append(request_id)
+        if self.outputs:
+            self.is_aborted.set()
+
+    async def _generate(self):
+        try:
+            await self.is_aborted.wait()
+            for output in self.outputs:
+                yield output
+        finally:
+            self.is_closed = True
+
+
+def whole_params(registry=None) -> SamplingParams:
+    params = adaptive_params(registry)
+    params.output_kind = RequestOutputKind.FINAL_ONLY
+    return params
+
+
+def aborted_output():
+    return make_output((0, [0.3, 0.7], "abort"), finished=True)
+
+
+async def leave(generator):
+    """Wait for a generator as a handler does whose client goes away."""
+    task = asyncio.create_task(anext(generator))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await generator.aclose()
+
+
+async def test_tokens_of_a_whole_answer_whose_client_left_are_counted():
+    registry = CollectorRegistry()
+    engine = AbortableEngine(aborted_output())
+    await leave(EngineProxy(engine).generate("p", whole_params(registry), "id"))
+    assert engine.is_closed
+    assert sample(registry, "adaptive_temperature_count") == 2
+    assert sample(registry, "adaptive_request_temperature_count") == 0
+
+
+async def test_a_whole_answer_has_a_name_that_no_client_can_give_another():
+    names = set()
+    for _ in range(2):
+        engine = AbortableEngine(aborted_output())
+        await leave(EngineProxy(engine).generate("p", whole_params(), "id"))
+        ((_, _, args, _),) = engine.calls
+        assert args == tuple(engine.aborted)
+        names.update(args)
+    assert len(names) == 2
+    assert all(name.startswith("id-") for name in names)
+
+
+async def test_an_engine_that_delivers_nothing_at_an_abort_is_left_all_the_same(monkeypatch):
+    monkeypatch.setattr(engine_proxy, "_ABORT_TIMEOUT_S", 0.01)
+    engine = AbortableEngine()
+    await leave(EngineProxy(engine).generate("p", whole_params(), "id"))
+    await asyncio.sleep(0)
+    assert engine.is_closed
+
+
+async def test_a_whole_answer_that_is_finished_or_fails_is_not_aborted():
+    registry = CollectorRegistry()
+    engine = AbortableEngine(make_output((0, [0.3], "stop"), finished=True))
+    engine.is_aborted.set()
+    outputs = [o async for o in EngineProxy(engine).generate("p", whole_params(registry), "id")]
+    assert len(outputs) == 1 and not engine.aborted
+    assert sample(registry, "adaptive_temperature_count") == 1
+    broken = Engine(RuntimeError("engine"))
+    with pytest.raises(RuntimeError, match="engine"):
+        await anext(EngineProxy(broken).generate("p", whole_params(), "id"))
+    assert broken.is_closed
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), adaptive_params(), whole_params()])
+async def test_a_record_counts_the_tokens_of_any_request(params):
+    record = RequestRecord("POST", "/v1/completions")
+    token = _CURRENT.set(record)
+    try:
+        engine = Engine(*three_outputs())
+        outputs = [o async for o in EngineProxy(engine).generate("p", params, "id")]
+    finally:
+        _CURRENT.reset(token)
+    assert len(outputs) == 3 and engine.is_closed
+    assert (record.prompt_tokens, record.completion_tokens) == (2, 3)
+    assert record.finish_reasons == ["stop"]
+    assert record.ttft_s > 0
+    assert (record.adaptive is not None) == bool(params.extra_args)

@@ -11,12 +11,20 @@ from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError
 from server.handlers import AdaptiveServingResponses
 from server.head_routes import HEADS_PATH
+from server.playground import PLAYGROUND_PATH
 from server.plugin import AdaptiveEndpoints, announce, require_engine_side
 from server.protocol import AdaptiveResponsesRequest
 from server.routes import CHAT_PATH, COMPLETION_PATH, MODELS_PATH, RESPONSES_PATH
 from tests.server.fakes import describe_head, feed, make_report, make_state
 
-ARGS = Namespace(host=None, port=8123, uds=None, ssl_certfile=None)
+ARGS = Namespace(
+    host=None,
+    port=8123,
+    uds=None,
+    ssl_certfile=None,
+    otlp_traces_endpoint=None,
+    additional_config={},
+)
 
 
 @pytest.mark.parametrize(
@@ -44,10 +52,10 @@ def announced(caplog, monkeypatch):
     # vLLM's loggers do not propagate, which keeps them from caplog.
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
-    def run(**state) -> str:
+    def run(args=ARGS, **state) -> str:
         caplog.clear()
         with caplog.at_level("INFO", logger="vllm"):
-            announce(make_state(**state), ARGS)
+            announce(make_state(**state), args)
         return "\n".join(caplog.messages)
 
     return run
@@ -73,6 +81,7 @@ def test_the_announcement_says_that_policies_work_without_heads(announced):
 
 def test_the_routes_are_those_of_vllm_and_the_list_of_heads():
     app = FastAPI()
+    app.state.args = ARGS
     known = {route.path for route in app.routes}
     AdaptiveEndpoints().attach_router(app)
     added = {path for path in app.openapi()["paths"]} - known
@@ -84,6 +93,16 @@ def test_the_routes_are_those_of_vllm_and_the_list_of_heads():
         HEADS_PATH,
         HEADS_PATH + "/{name}",
     }
+
+
+def test_the_playground_is_there_unless_it_is_switched_off(announced):
+    off = Namespace(**vars(ARGS) | {"additional_config": {"adaptive": {"playground": False}}})
+    for args, is_there in [(ARGS, True), (off, False)]:
+        app = FastAPI()
+        app.state.args = args
+        AdaptiveEndpoints().attach_router(app)
+        assert any(route.path == PLAYGROUND_PATH for route in app.routes) == is_there
+        assert (PLAYGROUND_PATH in announced(args=args)) == is_there
 
 
 @pytest.fixture

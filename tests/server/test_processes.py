@@ -59,16 +59,20 @@ def assert_ends(server, number: int) -> None:
 
 @pytest.fixture(scope="module")
 def several(model, heads, tmp_path_factory):
-    """vLLM's own command with our options, and two API processes."""
-    settings = {"heads": {name: str(folder) for name, folder in heads.items()}}
+    """vLLM's own command with our options, and two API processes that share a request log."""
+    log = tmp_path_factory.mktemp("several") / "log.txt"
+    settings = {
+        "heads": {name: str(folder) for name, folder in heads.items()},
+        "request_log": str(log.with_name("requests.jsonl")),
+    }
     options = [
         "--api-server-count=2",
+        "--shutdown-timeout=60",
         f"--worker-cls={WORKER_CLS}",
         f"--scheduler-cls={SCHEDULER_CLS}",
         f"--additional-config={json.dumps({'adaptive': settings})}",
     ]
     command = [sys.executable, "-c", VLLM_SERVE, str(model), *options, *ENGINE_OPTIONS]
-    log = tmp_path_factory.mktemp("several") / "log.txt"
     with running(command, log, VLLM_PLUGINS="adaptive") as server:
         server.wait_until_ready()
         wait_until_all_answer(server, 2)
@@ -93,11 +97,23 @@ def test_several_api_processes_report_and_count_together(several):
         assert several.sum_metric("adaptive_head_info") == 2
 
 
-def test_several_api_processes_end_together(several):
-    assert_ends(several, signal.SIGTERM)
+def test_several_api_processes_end_together_when_their_answers_have(several):
+    body = {"model": MODEL, "prompt": "Once upon", "temperature": "adaptive", "ignore_eos": True}
+    body |= {"max_tokens": 60}
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(several.post, "/v1/completions", body) for _ in range(6)]
+        while several.sum_metric("vllm:num_requests_running") < 6:
+            time.sleep(0.05)
+        assert_ends(several, signal.SIGTERM)
+        for answer in answers:
+            (choice,) = answer.result().json()["choices"]
+            assert (choice["finish_reason"], choice["adaptive"]["tokens"]) == ("length", 60)
+    lines = several.log.with_name("requests.jsonl").read_text().splitlines()
+    counted = [json.loads(line)["completion_tokens"] for line in lines]
+    assert sorted(counted) == [*range(3, 15), *[60] * 6]
 
 
-def test_the_bare_command_serves_the_embedded_model_until_interrupted(tmp_path):
+def test_the_bare_command_serves_the_embedded_model_until_interrupted_twice(tmp_path):
     command = [str(BIN / "adaptive-serve"), "--adaptive-default", "--dtype=float32"]
     with running(command, tmp_path / "log.txt", VLLM_LOGGING_LEVEL="INFO") as server:
         server.wait_until_ready()
@@ -108,8 +124,16 @@ def test_the_bare_command_serves_the_embedded_model_until_interrupted(tmp_path):
         assert ask(server, "What is 37 + 58?") + 0.3 < ask(server, STORY)
         body |= {"stream": True, "max_tokens": 4000, "ignore_eos": True}
         with server.http.stream("POST", "/v1/completions", json=body) as stream:
-            next(stream.iter_lines())
+            lines = (line for line in stream.iter_lines() if line)
+            next(lines)
+            server.process.send_signal(signal.SIGINT)
+            # Soon after the first, a second one passes for the same.
+            time.sleep(1.5)
+            assert server.process.poll() is None
             assert_ends(server, signal.SIGINT)
+            *_, answer, done = lines
+        assert done == "data: [DONE]"
+        assert '"finish_reason":"abort"' in answer
 
 
 STORY = "Write a short story about a lighthouse."

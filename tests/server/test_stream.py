@@ -11,7 +11,7 @@ from vllm.utils.async_utils import merge_async_iterators
 from adaptive_head.options import EXTRA_ARGS_KEY
 from server.engine_proxy import EngineProxy
 from server.protocol import AdaptiveCompletionRequest
-from server.stream import write_chunks, write_events
+from server.stream import end_with_error, write_chunks, write_events
 from tests.server.fakes import feed, make_output, make_report
 
 
@@ -214,3 +214,30 @@ async def test_merged_prompts_keep_each_chunks_own_temperatures(paces):
     for (choice,) in (read(event)["choices"] for event in written):
         expected = [token / 1e6 for token in choice["token_ids"]]
         assert choice["adaptive"]["temperatures"] == expected
+
+
+async def test_a_stream_of_events_that_breaks_says_so():
+    async def broken():
+        yield SimpleNamespace(type="response.created")
+        raise RuntimeError("secret")
+
+    first, last = [event async for event in end_with_error(broken())]
+    assert (first.type, last.type, last.sequence_number) == ("response.created", "error", 1)
+    assert "RuntimeError" in last.message and "secret" not in last.message
+
+
+async def test_a_stream_of_events_that_is_left_is_closed():
+    is_closed = []
+
+    async def endless():
+        try:
+            while True:
+                yield SimpleNamespace(type="response.output_text.delta")
+        finally:
+            is_closed.append(True)
+
+    events = end_with_error(endless())
+    await anext(events)
+    await events.aclose()
+    await asyncio.sleep(0)
+    assert is_closed

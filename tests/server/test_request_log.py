@@ -1,0 +1,277 @@
+"""What the request log says of a request, without an engine; with one: test_faults.py."""
+
+import json
+import threading
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+from server.record import MAX_TEXT_LEN, Recorder, current_record, note_request
+from server.request_log import RequestLog, check_target
+from tests.server.fakes import make_output, make_report, sample
+
+LOST = "adaptive_request_log_lost_total"
+
+
+class Body:
+    """The two fields of a request that are noted."""
+
+    def __init__(self, model, stream=False):
+        self.model = model
+        self.stream = stream
+
+
+@pytest.fixture
+def registry():
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def serve(tmp_path, registry):
+    """Answers a request by a function, and returns the lines of the log."""
+
+    async def run(answer, path="/v1/completions", scope=None, **options):
+        file = tmp_path / "requests.jsonl"
+        log = RequestLog(str(file), registry)
+        app = Starlette(routes=[Route("/{rest:path}", answer, methods=["POST"])])
+        recorder = Recorder(app, paths=("/v1/completions",), observers=[Broken(), log])
+        transport = httpx.ASGITransport(recorder, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            await client.post(path, **options)
+        log.close()
+        lines = file.read_text().splitlines()
+        assert all(line.isascii() and len(line) < 4096 for line in lines)
+        return [json.loads(line) for line in lines]
+
+    return run
+
+
+class Broken:
+    """An observer that fails must not fail the request, nor keep it from the others."""
+
+    def begin(self, record, scope):
+        raise OSError("disk")
+
+    def end(self, record):
+        raise OSError("disk")
+
+
+async def refuse(request):
+    error = {"message": "secret prompt", "type": "BadRequestError", "param": "temperature"}
+    return JSONResponse({"error": error}, status_code=400)
+
+
+async def test_an_ordinary_request_is_one_line(serve):
+    async def answer(request):
+        note_request(Body("smol"))
+        current_record().begin(None)
+        output = make_output((0, [0.3, 0.7], "stop"), finished=True)
+        current_record().read(output, is_first=True)
+        current_record().end()
+        return JSONResponse({})
+
+    (line,) = await serve(answer, headers={"X-Request-Id": "mine"})
+    duration = line.pop("duration_ms")
+    assert 0 <= duration < 10_000
+    assert line.pop("time").endswith("Z")
+    assert line == {
+        "level": "info",
+        "event": "request",
+        "request_id": "mine",
+        "method": "POST",
+        "path": "/v1/completions",
+        "status": 200,
+        "ttft_ms": None,
+        "model": "smol",
+        "stream": False,
+        "prompt_tokens": 2,
+        "completion_tokens": 2,
+        "finish_reasons": ["stop"],
+        "aborted": False,
+    }
+
+
+async def test_an_adaptive_request_says_its_temperatures(serve):
+    async def answer(request):
+        report = make_report({"report": "tokens"}, num_choices=2)
+        for prompt_report in (report.begin_prompt(), report.begin_prompt()):
+            current_record().begin(prompt_report)
+            current_record().begin(prompt_report)
+            output = make_output((0, [0.3, 0.7], None), (1, [1.0], "stop"), finished=True)
+            current_record().read(output, is_first=True)
+            prompt_report.read(output)
+            current_record().end()
+            current_record().end()
+        return JSONResponse({})
+
+    (line,) = await serve(answer)
+    assert (line["prompt_tokens"], line["completion_tokens"]) == (4, 6)
+    assert line["adaptive"] == {
+        "policy": "head",
+        "head": "tok",
+        "level": "token",
+        "report": "tokens",
+        "mean": 0.666667,
+        "min": 0.3,
+        "max": 1.0,
+    }
+
+
+async def test_other_routes_are_not_recorded(serve):
+    async def answer(request):
+        assert current_record() is None
+        note_request(Body("smol"))
+        return JSONResponse({})
+
+    assert await serve(answer, path="/v1/embeddings") == []
+
+
+async def test_a_refusal_says_which_field_but_not_what_was_in_it(serve):
+    (line,) = await serve(refuse)
+    assert (line["level"], line["status"]) == ("warning", 400)
+    assert line["error"] == {"type": "BadRequestError", "param": "temperature"}
+    assert "secret" not in json.dumps(line)
+
+
+async def test_an_exception_is_a_500(serve):
+    async def answer(request):
+        raise RuntimeError("boom")
+
+    (line,) = await serve(answer)
+    assert (line["level"], line["status"]) == ("error", 500)
+
+
+@pytest.mark.parametrize(
+    ("event", "kind"),
+    [
+        ('data: {"error": {"type": "InternalServerError"}}\n\n', "InternalServerError"),
+        ('event: error\ndata: {"type": "error", "code": "server_error"}\n\n', "server_error"),
+    ],
+)
+async def test_an_error_in_a_stream_is_an_error(serve, event, kind):
+    async def chunks():
+        yield 'data: {"id": 1}\n\n'
+        yield event
+        yield "data: [DONE]\n\n"
+
+    async def answer(request):
+        return StreamingResponse(chunks())
+
+    (line,) = await serve(answer)
+    assert (line["level"], line["status"]) == ("error", 200)
+    assert line["error"] == {"type": kind, "param": None}
+
+
+@pytest.mark.parametrize("text", ["x" * 1_000_000, "a\nb\r\x00\x1b[0m", "\ud800", "ü" * 300])
+async def test_no_text_of_a_clients_breaks_a_line_or_makes_it_long(serve, text):
+    async def answer(request):
+        note_request(Body(text))
+        error = {"type": "NotFoundError", "param": "y" * 1_000_000}
+        return JSONResponse({"error": error}, status_code=404)
+
+    (line,) = await serve(answer, headers={"X-Request-Id": "z" * 1_000_000})
+    assert line["model"] == text[:MAX_TEXT_LEN].replace("\ud800", "?")
+    assert line["request_id"] == "z" * MAX_TEXT_LEN
+
+
+async def test_a_client_that_leaves_is_aborted_and_its_last_tokens_are_awaited(tmp_path, registry):
+    log = RequestLog(str(tmp_path / "log"), registry)
+    records = []
+
+    async def answer(scope, receive, send):
+        record = current_record()
+        records.append(record)
+        record.begin(None)
+        assert (await receive())["type"] == "http.disconnect"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/p/v1", "root_path": "/p", "headers": []}
+    await Recorder(answer, paths=["/v1"], observers=[log])(scope, receive, send)
+    (record,) = records
+    record.read(make_output((0, [0.3], "abort"), finished=True), is_first=True)
+    record.end()
+    log.close()
+    line = json.loads((tmp_path / "log").read_text())
+    assert (line["aborted"], line["status"], line["level"]) == (True, None, "info")
+    assert (line["path"], line["completion_tokens"]) == ("/v1", 1)
+
+
+def test_a_disk_that_hangs_loses_lines_and_holds_up_nobody(tmp_path, registry, monkeypatch):
+    monkeypatch.setattr("server.request_log.MAX_WAITING_LINES", 3)
+    monkeypatch.setattr("server.request_log.CLOSE_TIMEOUT_S", 0.1)
+    log = RequestLog(str(tmp_path / "log"), registry)
+    is_writing, may_write = threading.Event(), threading.Event()
+
+    def hang(record):
+        is_writing.set()
+        may_write.wait()
+
+    log._handler.emit = hang
+    log.write({"number": 0})
+    assert is_writing.wait(10)
+    for number in range(5):
+        log.write({"number": number})
+    assert sample(registry, LOST) == 2
+    log.close()
+    may_write.set()
+
+
+def test_a_full_disk_loses_lines_and_raises_nothing(registry):
+    log = RequestLog("/dev/full", registry)
+    for number in range(3):
+        log.write({"number": number})
+    log.close()
+    assert sample(registry, LOST) == 3
+
+
+def test_a_log_that_was_moved_away_is_opened_anew(tmp_path, registry):
+    file = tmp_path / "log"
+    log = RequestLog(str(file), registry)
+    log.write({"number": 0})
+    while not file.read_text():
+        pass
+    file.rename(tmp_path / "old")
+    log.write({"number": 1})
+    log.close()
+    assert json.loads((tmp_path / "old").read_text())["number"] == 0
+    assert json.loads(file.read_text())["number"] == 1
+
+
+def test_the_standard_output_gets_lines_without_a_prefix(capfd, registry):
+    log = RequestLog("-", registry)
+    log.write({"number": 0})
+    log.close()
+    assert capfd.readouterr().out == '{"number":0}\n'
+
+
+def test_processes_can_share_a_file(tmp_path):
+    logs = [RequestLog(str(tmp_path / "log"), CollectorRegistry()) for _ in range(4)]
+    for number in range(500):
+        for log in logs:
+            log.write({"number": number, "text": "x" * 500})
+    for log in logs:
+        log.close()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert sorted(json.loads(line)["number"] for line in lines) == sorted([*range(500)] * 4)
+
+
+def test_a_log_that_cannot_be_written_is_refused_by_name(tmp_path):
+    for target in (tmp_path / "gone" / "log", tmp_path, "/dev/full"):
+        with pytest.raises(ValueError, match=f"--request-log {target}: "):
+            check_target(str(target))
+
+
+def test_the_start_is_marked(tmp_path):
+    check_target("-")
+    check_target(str(tmp_path / "log"))
+    assert json.loads((tmp_path / "log").read_text())["event"] == "start"
