@@ -93,7 +93,7 @@ def test_thresholds_are_those_of_the_alerts():
     # These ask whether something is there.
     yes_or_no = {name for name in ALERTS if re.search("Missing|Disagree|NoHead|Down|Stuck", name)}
     assert thresholds.keys() == ALERTS.keys() - yes_or_no
-    assert thresholds["AdaptiveDrift"] == 0.3
+    assert thresholds["AdaptiveDrift"] == 0.5
     (panel,) = [panel for panel in PANELS if panel["title"] == "Drift from training"]
     assert panel["fieldConfig"]["defaults"]["thresholds"]["steps"][1]["value"] == 0.3
 
