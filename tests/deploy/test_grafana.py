@@ -95,7 +95,7 @@ def test_thresholds_are_those_of_the_alerts():
     assert thresholds.keys() == ALERTS.keys() - yes_or_no
     assert thresholds["AdaptiveDrift"] == 0.5
     (panel,) = [panel for panel in PANELS if panel["title"] == "Drift from training"]
-    assert panel["fieldConfig"]["defaults"]["thresholds"]["steps"][1]["value"] == 0.3
+    assert panel["fieldConfig"]["defaults"]["thresholds"]["steps"][1]["value"] == 0.5
 
 
 def test_provisioning_names_the_source_and_the_folder():
