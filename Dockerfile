@@ -1,12 +1,17 @@
-# docker build .                                               serves on a CPU
-# docker build --build-arg BASE=vllm/vllm-openai:v0.32.0 .     serves on NVIDIA GPUs
-# docker build --target load .                                 locust, without vLLM
+# docker build --target cpu .     serves on a CPU; also what `docker build .` makes
+# docker build --target cuda .    serves on NVIDIA GPUs
+# docker build --target load .    locust, without vLLM
 #
 # How to run them: docs/deployment.md.
 
 ARG PYTHON_BASE=python:3.12.11-slim-bookworm
 # vLLM's own images bring what is hard: its kernels and the build of PyTorch that they need.
-ARG BASE=vllm/vllm-openai-cpu:v0.32.0
+ARG CPU_BASE=vllm/vllm-openai-cpu:v0.32.0
+ARG CUDA_BASE=vllm/vllm-openai:v0.32.0
+# 1: the image carries SmolLM2-135M-Instruct; else it is prepared at the first start.
+ARG BAKE_MODEL=""
+ARG VERSION=0.1.0
+ARG REVISION=""
 
 
 FROM ${PYTHON_BASE} AS wheel
@@ -30,39 +35,57 @@ STOPSIGNAL SIGTERM
 ENTRYPOINT ["locust", "--locustfile=loadtests/locustfile.py"]
 
 
-FROM ${BASE} AS server
+FROM ${CUDA_BASE} AS cuda
 USER 0
-COPY --from=wheel /dist /tmp/dist
-# What the base brought stays as it is: the constraints name it all.
-RUN python3 -m pip list --format=freeze >/tmp/base.txt \
-    && python3 -m pip install --no-cache-dir --constraint=/tmp/base.txt /tmp/dist/*.whl \
-    && rm -r /tmp/base.txt /tmp/dist \
-    # Group 0, as OpenShift runs any user in it.
-    && useradd --uid 10001 --gid 0 --home-dir /cache --no-create-home adaptive \
-    && install --directory --owner=10001 --group=0 --mode=2770 /cache
+COPY --from=wheel /dist /source/deploy/image/install.sh /tmp/image/
 
-# 1: the image carries SmolLM2-135M-Instruct; else it is prepared at the first start.
-ARG BAKE_MODEL=""
+ARG BAKE_MODEL
 # Empty means below $HOME, which is the volume. USER is for users that /etc/passwd lacks.
 ENV HOME=/cache \
     HF_HOME=/cache/huggingface \
     ADAPTIVE_HEAD_CACHE=${BAKE_MODEL:+/opt/adaptive-head} \
     PYTHONDONTWRITEBYTECODE=1 \
     USER=adaptive
-RUN if [ -n "$BAKE_MODEL" ]; then \
-    python3 -m adaptive_head.embedded_model \
-    && chmod -R a+rX "$ADAPTIVE_HEAD_CACHE" \
-    && rm -rf /tmp/*; fi
+RUN /tmp/image/install.sh
 
 USER 10001:0
 WORKDIR /cache
-# Fails where the base keeps its Python from every user but root.
-RUN python3 -c "import vllm; from adaptive_head.vllm.compat import check_version; \
-check_version(vllm.__version_tuple__)" \
-    && rm -rf "/tmp/torchinductor_$USER"
 
-ARG VERSION=0.1.0
-ARG REVISION=""
+# Only here, so that a new revision finds the installation in the builder's cache.
+ARG VERSION
+ARG REVISION
+LABEL org.opencontainers.image.title="adaptive-head-server" \
+    org.opencontainers.image.description="OpenAI-compatible server that picks its temperature" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}"
+
+VOLUME /cache
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
+    CMD ["curl", "--fail", "--silent", "--output", "/dev/null", "http://127.0.0.1:8000/health"]
+ENTRYPOINT ["adaptive-serve"]
+
+
+# The same on another base. The last stage is what a build without --target makes.
+FROM ${CPU_BASE} AS cpu
+USER 0
+COPY --from=wheel /dist /source/deploy/image/install.sh /tmp/image/
+
+ARG BAKE_MODEL
+ENV HOME=/cache \
+    HF_HOME=/cache/huggingface \
+    ADAPTIVE_HEAD_CACHE=${BAKE_MODEL:+/opt/adaptive-head} \
+    PYTHONDONTWRITEBYTECODE=1 \
+    USER=adaptive
+RUN /tmp/image/install.sh
+
+USER 10001:0
+WORKDIR /cache
+
+ARG VERSION
+ARG REVISION
 LABEL org.opencontainers.image.title="adaptive-head-server" \
     org.opencontainers.image.description="OpenAI-compatible server that picks its temperature" \
     org.opencontainers.image.licenses="Apache-2.0" \

@@ -1,5 +1,7 @@
 """The image and the compose stack, as far as they can be checked without a container engine."""
 
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -56,6 +58,19 @@ def find_arguments(instruction: str) -> list[str]:
     return re.findall(rf"^{instruction} +(.*)$", joined, re.MULTILINE)
 
 
+def parse_stages() -> dict[str, list[str]]:
+    """The instructions of each stage, without its FROM, in the order of the Dockerfile."""
+    stages = {}
+    for text in re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:]:
+        first, *lines = text.replace("\\\n", " ").splitlines()
+        name = first.rpartition(" AS ")[2]
+        stages[name] = [line for line in lines if line and not line.startswith("#")]
+    return stages
+
+
+STAGES = parse_stages()
+
+
 def parse_duration(text: str) -> int:
     assert text.endswith("s")
     return int(text[:-1])
@@ -93,8 +108,10 @@ def test_all_images_bring_the_vllm_that_the_project_needs():
         for requirement in PROJECT["optional-dependencies"][device]
         if requirement.startswith("vllm")
     }
-    for text in (DOCKERFILE, (ROOT / "docker-compose.cuda.yml").read_text(), PAGE):
-        assert set(re.findall(r"vllm/vllm-openai(?:-cpu)?:v([0-9.]+[0-9])", text)) == needed
+    bases = dict(argument.split("=") for argument in find_arguments("ARG") if "_BASE=" in argument)
+    assert {bases["CPU_BASE"], bases["CUDA_BASE"]} == {
+        f"vllm/vllm-openai{device}:v{version}" for device in ("", "-cpu") for version in needed
+    }
 
 
 def test_versions_are_those_of_the_package():
@@ -107,13 +124,35 @@ def test_versions_are_those_of_the_package():
 
 
 def test_images_run_their_program_as_a_user_without_rights():
-    programs = [entry.split('"')[1] for entry in find_arguments("ENTRYPOINT")]
-    assert programs == ["locust", "adaptive-serve"]
-    assert programs[1] in PROJECT["scripts"]
-    for stage in re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[2:]:
-        user = re.findall(r"^USER (\d+):0$", stage, re.MULTILINE)[-1]
-        assert int(user) >= 10000
-    assert find_arguments("STOPSIGNAL") == ["SIGTERM", "SIGTERM"]
+    programs = {"load": "locust", "cuda": "adaptive-serve", "cpu": "adaptive-serve"}
+    assert programs["cpu"] in PROJECT["scripts"]
+    assert list(STAGES) == ["wheel", *programs]
+    for name, program in programs.items():
+        stage = STAGES[name]
+        users = [line.split()[1] for line in stage if line.startswith("USER ")]
+        assert re.fullmatch(r"\d{5}:0", users[-1])
+        assert "STOPSIGNAL SIGTERM" in stage
+        # A list, not a shell's command: the program gets the signal.
+        (command,) = [line for line in stage if line.startswith("ENTRYPOINT ")]
+        assert json.loads(command.removeprefix("ENTRYPOINT "))[0] == program
+
+
+def test_the_servers_images_differ_in_their_base_only():
+    assert STAGES["cpu"] == STAGES["cuda"]
+    for name in ("cpu", "cuda"):
+        assert f"\nFROM ${{{name.upper()}_BASE}} AS {name}\n" in DOCKERFILE
+    assert any(line.startswith("HEALTHCHECK ") for line in STAGES["cpu"])
+    assert list(STAGES)[-1] == "cpu"  # What a build without a target makes.
+
+
+def test_the_images_script_is_where_the_builder_finds_it():
+    (copy,) = [line for line in STAGES["cpu"] if line.startswith("COPY ")]
+    *_, source, folder = copy.split()
+    script = ROOT / source.removeprefix("/source/")
+    assert f"RUN {folder}{script.name}" in STAGES["cpu"]
+    assert os.access(script, os.X_OK)
+    subprocess.run(["sh", "-n", script], check=True)
+    assert "\nset -eu\n" in script.read_text()
 
 
 def test_the_builder_sees_what_it_copies_and_no_more():
@@ -123,8 +162,8 @@ def test_the_builder_sees_what_it_copies_and_no_more():
     allowed = {line[1:] for line in lines if line.startswith("!")}
     targets = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
     wheel = targets["targets"]["wheel"]["packages"]
-    needed = {*wheel, PROJECT["readme"], *PROJECT["license-files"], "pyproject.toml", "loadtests"}
-    assert allowed == needed
+    needed = {*wheel, PROJECT["readme"], *PROJECT["license-files"], "pyproject.toml"}
+    assert allowed == needed | {"deploy/image", "loadtests"}
     assert all((ROOT / name).exists() for name in allowed)
 
 
@@ -164,7 +203,7 @@ def test_services_wait_only_for_what_tells_its_health():
             assert is_in_image or SERVICES[other]["healthcheck"]["test"], (name, other)
     for service in SERVICES.values():
         if build := service.get("build"):
-            assert f" AS {build['target']}\n" in DOCKERFILE
+            assert build["target"] in STAGES
 
 
 def test_the_server_stops_within_its_grace_period(parse_server_command):
@@ -175,8 +214,8 @@ def test_the_server_stops_within_its_grace_period(parse_server_command):
 
 def test_addresses_fit():
     """Each service is asked where it listens."""
-    (health,) = find_arguments("HEALTHCHECK")
-    assert "http://127.0.0.1:8000/health" in health
+    for health in find_arguments("HEALTHCHECK"):
+        assert "http://127.0.0.1:8000/health" in health
     assert SERVICES["server"]["ports"] == ["127.0.0.1:8000:8000"]
     assert "--host http://server:8000" in SERVICES["load"]["command"]
     prometheus = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
@@ -200,26 +239,25 @@ def test_grafana_has_no_account_to_guess():
     assert not any("PASSWORD" in name for name in environment)
 
 
-def test_the_cuda_file_changes_the_base_and_asks_for_gpus():
+def test_the_cuda_file_changes_the_target_and_asks_for_gpus():
     (service,) = parse_compose("docker-compose.cuda.yml")["services"].items()
     name, changes = service
     assert name == "server"
-    (argument,) = changes["build"]["args"]
-    assert any(line.startswith(f"{argument}=") for line in find_arguments("ARG"))
+    assert SERVICES["server"]["build"]["target"] == "cpu"
+    assert changes["build"] == {"target": "cuda"}
     (device,) = changes["deploy"]["resources"]["reservations"]["devices"]
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
 
 
 def test_the_pages_builds_name_stages_and_arguments_that_there_are():
     builds = [command for command in COMMANDS if command[:2] == ["docker", "build"]]
-    assert len(builds) == 3
-    for command in builds:
-        for option, value in pairwise(command):
-            if option == "--build-arg":
-                argument = value.partition("=")[0]
-                assert any(line.startswith(f"{argument}=") for line in find_arguments("ARG"))
-            if option == "--target":
-                assert f" AS {value}\n" in DOCKERFILE
+    targets = [command[command.index("--target") + 1] for command in builds]
+    assert targets == ["cpu", "cuda", "load"]
+    assert set(targets) <= STAGES.keys()
+    names = set(re.findall(r"`([A-Z]+_BASE)`", PAGE)) | set(re.findall(r"--build-arg (\w+)=", PAGE))
+    assert names == {"CPU_BASE", "CUDA_BASE", "BAKE_MODEL"}
+    for name in names:
+        assert any(line.startswith(f"{name}=") for line in find_arguments("ARG"))
 
 
 def test_the_pages_containers_get_arguments_that_the_server_takes(parse_server_command):
