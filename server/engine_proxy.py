@@ -105,7 +105,10 @@ class _Reader:
                             self._take(step.result())
                         raise
                     finally:
-                        step.cancel()
+                        if not step.done():
+                            # The generator cannot be closed while it runs.
+                            step.cancel()
+                            await asyncio.wait([step])
                     self._take(output)
                     yield output
         finally:

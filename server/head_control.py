@@ -6,7 +6,9 @@ of them have it does it take its name. A head that fails on the way changes noth
 
 import asyncio
 import re
+import time
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
@@ -22,6 +24,8 @@ from server.metrics import AdaptiveMetrics
 
 # Each poll is a pause of well below a millisecond between two of the engine's steps.
 POLL_INTERVAL_S = 0.05
+# For a disk that does not answer: other changes wait meanwhile.
+MAX_LOADING_S = 120.0
 # No separator of paths, no name that a folder cannot have or that a label would need quotes for.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -112,19 +116,15 @@ class HeadControl:
             self._metrics.remove_head(name, head.metadata)
         logger.info("Head %s is served no longer", name)
 
-    async def set_default(self, name: str) -> None:
-        """Give a head the requests that name none.
+    async def change(
+        self, name: str, *, make_default: bool, canary: Canary | EllipsisType | None = ...
+    ) -> None:
+        """Change what a head is for: all that is asked, or nothing.
 
-        Raises:
-            VLLMNotFoundError: there is no such head.
-        """
-        async with self._lock:
-            self._find(name)
-            self._registry.default = name
-        logger.info("Head %s is now the default", name)
-
-    async def set_canary(self, name: str, canary: Canary | None) -> None:
-        """Let another head answer a share of a head's requests; None, or a share of 0, ends that.
+        Args:
+            make_default: whether it gets the requests that name no head from now on.
+            canary: answers a share of its requests; None, or a share of 0, ends that. Left out,
+                it stays as it is.
 
         Raises:
             VLLMNotFoundError: there is no head `name`.
@@ -132,25 +132,26 @@ class HeadControl:
         """
         async with self._lock:
             self._find(name)
-            if canary is not None and canary.percent == 0:
-                canary = None
-            if canary is not None and (
-                canary.name == name or canary.name not in self._registry.by_name
-            ):
-                others = (
-                    ", ".join(sorted(self._registry.by_name.keys() - {name})) or "none is loaded"
-                )
-                raise VLLMValidationError(
-                    f"the canary of {name!r} must be another loaded head ({others}), "
-                    f"got {canary.name!r:.80}",
-                    parameter="canary.head",
-                )
-            if (ended := self._registry.canaries.get(name)) is not None:
-                self._metrics.set_canary(name, ended.name, 0)
-            if canary is not None:
-                self._metrics.set_canary(name, canary.name, canary.percent / 100)
-            self._registry.set_canary(name, canary)
-        logger.info("The canary of head %s is now %s", name, canary)
+            if not isinstance(canary, EllipsisType):
+                self._set_canary(name, canary if canary and canary.percent else None)
+                logger.info("The canary of head %s is now %s", name, canary)
+            if make_default:
+                self._registry.default = name
+                logger.info("Head %s is now the default", name)
+
+    def _set_canary(self, name: str, canary: Canary | None) -> None:
+        others = self._registry.by_name.keys() - {name}
+        if canary is not None and canary.name not in others:
+            raise VLLMValidationError(
+                f"the canary of {name!r} must be another loaded head "
+                f"({', '.join(sorted(others)) or 'none is loaded'}), got {canary.name!r:.80}",
+                parameter="canary.head",
+            )
+        if (ended := self._registry.canaries.get(name)) is not None:
+            self._metrics.set_canary(name, ended.name, 0)
+        if canary is not None:
+            self._metrics.set_canary(name, canary.name, canary.percent / 100)
+        self._registry.set_canary(name, canary)
 
     def _find(self, name: str) -> ServedHead:
         head = self._registry.by_name.get(name)
@@ -173,6 +174,7 @@ class HeadControl:
         return path
 
     async def _load_in_workers(self, name: str, generation: int, path: Path, digest: str) -> None:
+        deadline = time.monotonic() + MAX_LOADING_S
         try:
             while True:
                 states = await self._call_workers("add_head", name, generation, str(path), digest)
@@ -180,6 +182,10 @@ class HeadControl:
                     raise WorkerError(f"a worker could not load head {name!r}: {reason}")
                 if LOADING not in states:
                     return
+                if time.monotonic() > deadline:
+                    raise WorkerError(
+                        f"a worker has not read head {name!r} within {MAX_LOADING_S:g} s"
+                    )
                 await asyncio.sleep(POLL_INTERVAL_S)
         except BaseException:
             self._release(name, generation)

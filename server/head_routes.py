@@ -4,6 +4,7 @@ import hmac
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
+from types import EllipsisType
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, HTTPException, Request
@@ -73,6 +74,7 @@ def require_control(
             "changing heads is off; start adaptive-serve with ADAPTIVE_ADMIN_KEY and --heads-dir",
         )
     if not hmac.compare_digest((key or "").encode(), state.admin_key.encode()):
+        state.metrics.count_change("key", "refused")
         raise HTTPException(
             HTTPStatus.UNAUTHORIZED, f"the header {ADMIN_KEY_HEADER} must hold the admin key"
         )
@@ -97,14 +99,13 @@ async def change_head(
         raise VLLMValidationError(
             "default can only be true: make another head the default", parameter="default"
         )
-    if request.default:
-        with counting(raw_request, "default"):
-            await control.set_default(name)
-    if "canary" in request.model_fields_set:
+    asked = [action for action in ("default", "canary") if action in request.model_fields_set]
+    canary: Canary | EllipsisType | None = ...
+    if "canary" in asked:
         share = request.canary
         canary = None if share is None else Canary(share.head, share.percent)
-        with counting(raw_request, "canary"):
-            await control.set_canary(name, canary)
+    with counting(raw_request, *asked):
+        await control.change(name, make_default=bool(request.default), canary=canary)
     heads = find_registry(raw_request)
     return describe(heads.by_name[name], heads)
 
@@ -117,24 +118,23 @@ async def remove_head(name: str, raw_request: Request, control: Control) -> dict
 
 
 @contextmanager
-def counting(raw_request: Request, action: str) -> Iterator[None]:
+def counting(raw_request: Request, *actions: str) -> Iterator[None]:
     """Count an attempt to change the heads, and answer 409 and 500 where they are due."""
-    metrics = raw_request.app.state.adaptive.metrics
+    result = "failed"
     try:
         yield
+        result = "done"
     except VLLMError:
-        metrics.count_change(action, "refused")
+        result = "refused"
         raise
     except HeadConflictError as error:
-        metrics.count_change(action, "refused")
+        result = "refused"
         raise HTTPException(HTTPStatus.CONFLICT, str(error)) from None
     except WorkerError as error:
-        metrics.count_change(action, "failed")
         raise HTTPException(HTTPStatus.INTERNAL_SERVER_ERROR, str(error)) from None
-    except Exception:
-        metrics.count_change(action, "failed")
-        raise
-    metrics.count_change(action, "done")
+    finally:
+        for action in actions:
+            raw_request.app.state.adaptive.metrics.count_change(action, result)
 
 
 def find_registry(raw_request: Request) -> HeadRegistry:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,6 +21,7 @@ from server.report import PromptReport, summarise
 logger = init_logger("vllm.adaptive")
 
 MAX_TEXT_LEN = 200
+MAX_FINISH_REASONS = 100
 _MAX_ERROR_BYTES = 1 << 16
 # Events of the two kinds of streams.
 _STREAM_ERRORS = (b'data: {"error"', b'event: error\ndata: {"')
@@ -55,7 +56,7 @@ class RequestRecord:
     completion_tokens: int = 0
     finish_reasons: list[str] = field(default_factory=list)
     trace_id: str | None = None
-    _reports: list[PromptReport] = field(default_factory=list)
+    _reports: dict[PromptReport, None] = field(default_factory=dict)
     _num_open_prompts: int = 0
     _end: Callable[[], None] | None = None
 
@@ -64,14 +65,15 @@ class RequestRecord:
         """Whether the server is to blame: a 5xx, or a stream that broke."""
         if self.status is None or self.status >= 500:
             return not self.is_aborted
-        return self.status < 400 and self.error is not None
+        is_cut = not (self.is_complete or self.is_aborted)
+        return self.status < 400 and (is_cut or self.error is not None)
 
     def begin(self, report: PromptReport | None) -> None:
         """A prompt is handed to the engine; an adaptive one has a report."""
         self._num_open_prompts += 1
         # Tool calls generate again with the same report.
-        if report is not None and report not in self._reports:
-            self._reports.append(report)
+        if report is not None:
+            self._reports[report] = None
 
     def read(self, output: RequestOutput, is_first: bool) -> None:
         """Count an output's tokens; `is_first` where it is the first of its prompt."""
@@ -82,7 +84,8 @@ class RequestRecord:
             self.ttft_s = self._measure_ttft(output)
         self.completion_tokens += num_tokens
         for completion in output.outputs:
-            if completion.finish_reason is not None:
+            is_end = completion.finish_reason is not None
+            if is_end and len(self.finish_reasons) < MAX_FINISH_REASONS:
                 self.finish_reasons.append(completion.finish_reason)
 
     def end(self) -> None:
@@ -109,10 +112,11 @@ class RequestRecord:
         # A whole answer comes at once; vLLM's statistics know when its first token came.
         return getattr(output.metrics, "first_token_latency", None) or None
 
-    @property
+    @cached_property
     def adaptive(self) -> dict[str, Any] | None:
-        """Policy, head, level, report and temperatures; None for an ordinary request."""
-        return summarise(self._reports) if self._reports else None
+        """Policy, head, level, report and temperatures of a request that has ended; None for an
+        ordinary one."""
+        return summarise(list(self._reports)) if self._reports else None
 
 
 class Observer(Protocol):

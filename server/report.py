@@ -165,10 +165,10 @@ class PromptReport:
         if self.detail == "tokens":
             output.outputs = _Outputs(output.outputs, self._choices)
 
-    @property
-    def num_tokens(self) -> Counter[int]:
-        """How many tokens so far at each temperature (millionths), of all choices."""
-        return sum((Counter(choice.num_tokens) for choice in self._choices), Counter())
+    def count_into(self, num_tokens: Counter[int]) -> None:
+        """Add how many tokens there are at each temperature (millionths), of all choices."""
+        for choice in self._choices:
+            num_tokens.update(choice.num_tokens)
 
     def flush(self) -> None:
         """Move what has been counted into the metrics."""
@@ -207,7 +207,9 @@ class _Outputs(list[CompletionOutput]):
 def summarise(reports: Sequence[PromptReport]) -> dict[str, Any]:
     """What one line says of all prompts and choices of a request; there is at least one."""
     options = reports[0].options
-    num_tokens = sum((report.num_tokens for report in reports), Counter())
+    num_tokens: Counter[int] = Counter()
+    for report in reports:
+        report.count_into(num_tokens)
     mean = mean_of(num_tokens)
     return {
         "policy": options.policy,

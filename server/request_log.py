@@ -43,7 +43,8 @@ class RequestLog:
         )
         self._handler = open_handler(target)
         self._handler.handleError = self._count_failure  # type: ignore[method-assign]
-        self._is_failing = False
+        self._is_failing = self._has_failed = False
+        self._is_closed = False
         self._thread = threading.Thread(target=self._write_lines, name="request-log", daemon=True)
         self._thread.start()
 
@@ -57,12 +58,15 @@ class RequestLog:
     def write(self, fields: dict[str, Any]) -> None:
         """Have a line written; returns at once."""
         try:
+            if self._is_closed:
+                raise queue.Full
             self._lines.put_nowait(format_line(fields))
         except queue.Full:
             self._lost.inc()
 
     def close(self) -> None:
         """Write what waits, for a few seconds at most."""
+        self._is_closed = True
         try:
             self._lines.put(None, timeout=CLOSE_TIMEOUT_S)
         except queue.Full:
@@ -72,18 +76,20 @@ class RequestLog:
     def _write_lines(self) -> None:
         while (line := self._lines.get()) is not None:
             record = logging.makeLogRecord({"msg": line})
+            self._has_failed = False
             try:
                 self._handler.handle(record)
             except OSError:
                 # Opening anew failed; what fails in writing comes to `_count_failure` by itself.
                 self._count_failure(record)
+            self._is_failing = self._has_failed
         with contextlib.suppress(OSError):
             self._handler.close()
 
     def _count_failure(self, record: logging.LogRecord) -> None:
         self._lost.inc()
+        self._has_failed = True
         if not self._is_failing:
-            self._is_failing = True
             logger.error("the request log cannot be written: %s", sys.exc_info()[1])
 
 

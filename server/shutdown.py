@@ -27,8 +27,8 @@ RETRY_AFTER_S = 5
 MAX_ENDING_S = 5.0
 MIN_TEARDOWN_S = 1.0
 _POLL_S = 0.05
-# Aborted answers are on their way to their clients.
-_SETTLE_S = 1.0
+# Until the last words of answers have reached their clients.
+_SETTLE_S = 2.0
 # One Ctrl-C can reach a process twice: from the terminal, and from the process above it.
 _ONE_SIGNAL_S = 1.0
 # For connections that are still open when there is nothing more to say.
@@ -113,8 +113,8 @@ class DrainingClient:
         self._drain.is_on = True
         self._loop.call_soon_threadsafe(self._listen_for_second_signal)
         self._wait_until(end - min(MAX_ENDING_S, grace_s / 4))
-        if self._drain.num_running and not self._engine_client.errored:
-            logger.warning("aborting %d requests that still run", self._drain.num_running)
+        if (num_running := self._count_running()) and not self._engine_client.errored:
+            logger.warning("aborting %d requests that still run", num_running)
             asyncio.run_coroutine_threadsafe(self._abort_all(), self._loop)
             self._wait_until(time.monotonic() + _SETTLE_S)
         if self._is_hurried:
@@ -124,10 +124,24 @@ class DrainingClient:
 
     def _wait_until(self, deadline: float) -> None:
         was_hurried = self._is_hurried
-        while self._drain.num_running and time.monotonic() < deadline:
+        idle_since: float | None = None
+        while (now := time.monotonic()) < deadline:
+            if self._count_running():
+                idle_since = None
+            elif not self._drain.num_running:
+                return
+            else:
+                # Answers are on their way; one whose client does not read may stay there.
+                idle_since = idle_since or now
+                if now - idle_since > _SETTLE_S:
+                    return
             time.sleep(_POLL_S)
             if self._engine_client.errored or self._is_hurried != was_hurried:
                 return
+
+    def _count_running(self) -> int:
+        """How many requests the engine has, those of background responses among them."""
+        return len(self._engine_client.output_processor.request_states)
 
     async def _abort_all(self) -> None:
         # Request by request, and not the whole engine: other API processes may use it, too.

@@ -70,7 +70,9 @@ class Tracer:
 
 def describe(span: Span, record: RequestRecord) -> None:
     """Set name, attributes and status of a request's span."""
-    if record.model is not None:
+    is_served = record.status is not None and record.status < 400
+    # Names are few: what a client invents is an attribute only.
+    if record.model is not None and is_served:
         span.update_name(f"{OPERATIONS.get(record.path, DEFAULT_OPERATION)} {record.model}")
     attributes = {
         "gen_ai.request.model": record.model,

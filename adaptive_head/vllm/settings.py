@@ -90,6 +90,8 @@ def read_admin_key(heads_dir: Path | None, num_api_processes: int) -> str | None
             f"changing heads while the server runs needs both {ADMIN_KEY_VARIABLE} in the "
             "environment and --heads-dir"
         )
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ValueError(f"{ADMIN_KEY_VARIABLE} must be printable ASCII, as headers are")
     if heads_dir is not None and not heads_dir.is_dir():
         raise ValueError(f"--heads-dir {heads_dir}: not a folder")
     if key is not None and num_api_processes > 1:

@@ -159,6 +159,8 @@ def test_heads_can_be_changed_where_a_key_and_a_folder_say_so(serve, model, head
     args = serve(model, f"--heads-dir={heads}")
     assert settings_of(args).heads_dir == heads and args.api_server_count == 1
     assert "open sesame" not in repr(args)
+    headless = serve(model, f"--heads-dir={heads}", "--headless")
+    assert headless.api_server_count is None, "a node without an API process has none to count"
 
 
 def test_half_of_what_changing_heads_needs_is_refused(
@@ -168,6 +170,8 @@ def test_half_of_what_changing_heads_needs_is_refused(
     assert "not a folder" in refusal(model, f"--heads-dir={heads / 'gone'}")
     several = refusal(model, f"--heads-dir={heads}", "--api-server-count=2")
     assert "--api-server-count 1" in several
+    monkeypatch.setenv("ADAPTIVE_ADMIN_KEY", "schlüssel")
+    assert "ASCII" in refusal(model, f"--heads-dir={heads}")
     monkeypatch.delenv("ADAPTIVE_ADMIN_KEY")
     assert "ADAPTIVE_ADMIN_KEY" in refusal(model, f"--heads-dir={heads}")
 

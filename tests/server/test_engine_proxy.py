@@ -219,6 +219,22 @@ async def test_an_engine_that_delivers_nothing_at_an_abort_is_left_all_the_same(
     assert engine.is_closed
 
 
+async def test_an_engine_that_fails_at_an_abort_keeps_no_client(monkeypatch):
+    engine = AbortableEngine()
+
+    async def fail(request_id):
+        raise RuntimeError("engine gone")
+
+    monkeypatch.setattr(engine, "abort", fail)
+    generator = EngineProxy(engine).generate("p", whole_params(), "id")
+    task = asyncio.create_task(anext(generator))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(RuntimeError, match="engine gone"):
+        await task
+    assert engine.is_closed
+
+
 async def test_a_whole_answer_that_is_finished_or_fails_is_not_aborted():
     registry = CollectorRegistry()
     engine = AbortableEngine(make_output((0, [0.3], "stop"), finished=True))

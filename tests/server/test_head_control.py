@@ -329,6 +329,8 @@ async def test_the_wrong_key_changes_nothing_and_learns_nothing(setup, key, meth
     response = await server.send(method, path, body, key=key)
     assert_refused(response, 401, None, ADMIN_KEY_HEADER)
     assert KEY not in response.text
+    changes = "adaptive_head_changes_total"
+    assert sample(server.metrics, changes, action="key", result="refused") == 1
     assert server.registry.default == "a" and server.engines.loaded == AT_START
 
 
@@ -348,6 +350,26 @@ async def test_the_default_moves_and_cannot_be_removed(setup):
     assert_refused(await server.send("PATCH", "/b", {"default": False}), 400, "default")
     assert_refused(await server.send("PATCH", "/x", {"default": True}), 404, None, "a, b")
     assert (await server.send("DELETE", "/a")).status_code == 200
+
+
+async def test_a_change_is_whole_or_not_at_all(setup):
+    server = await setup()
+    change = {"default": True, "canary": {"head": "zz", "percent": 5}}
+    assert_refused(await server.send("PATCH", "/b", change), 400, "canary.head", "(a)")
+    assert server.registry.default == "a" and not server.registry.canaries
+    assert_refused(await server.send("PATCH", "/nope", {}), 404, None, "a, b")
+
+
+async def test_a_worker_that_never_finishes_reading_ends_the_attempt(setup, save, monkeypatch):
+    monkeypatch.setattr("server.head_control.MAX_LOADING_S", 0.1)
+    server = await setup()
+    save("c")
+    last = server.engines.workers[1][1]
+    monkeypatch.setattr(last._loader, "poll", lambda *_: None)
+    response = await server.send("POST", body={"name": "c"})
+    assert_refused(response, 500, None, "within 0.1 s")
+    await assert_unchanged(server, "load", "failed")
+    assert (await server.send("PATCH", "/a", {"default": True})).status_code == 200
 
 
 async def test_a_canary_is_set_shown_and_ended(setup):

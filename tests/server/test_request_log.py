@@ -146,6 +146,18 @@ async def test_an_exception_is_a_500(serve):
     assert (line["level"], line["status"]) == ("error", 500)
 
 
+async def test_a_stream_that_breaks_off_is_an_error(serve):
+    async def answer(request):
+        async def chunks():
+            yield "data: {}\n\n"
+            raise RuntimeError("boom")
+
+        return StreamingResponse(chunks())
+
+    (line,) = await serve(answer)
+    assert (line["level"], line["status"], line["aborted"]) == ("error", 200, False)
+
+
 @pytest.mark.parametrize(
     ("event", "kind"),
     [
@@ -233,6 +245,8 @@ def test_a_full_disk_loses_lines_and_raises_nothing(registry):
         log.write({"number": number})
     log.close()
     assert sample(registry, LOST) == 3
+    log.write({"number": 3})
+    assert sample(registry, LOST) == 4, "a line after the end"
 
 
 def test_a_log_that_was_moved_away_is_opened_anew(tmp_path, registry):

@@ -17,15 +17,24 @@ from server.shutdown import Drain, DrainingClient, Gate, bound_closing, note_end
 
 
 class Engine:
-    """Remembers how it was shut down. Aborted requests end the drain."""
+    """Remembers how it was shut down. Aborted requests end the drain.
+
+    It has a request for each that the server answers, unless it is told another number.
+    """
 
     errored = False
 
-    def __init__(self, drain):
+    def __init__(self, drain, num_requests=None):
         self.drain = drain
-        self.output_processor = SimpleNamespace(request_states={"a": None, "b": None})
+        self.num_requests = num_requests
+        self.output_processor = self
         self.aborted = []
         self.timeouts = []
+
+    @property
+    def request_states(self):
+        number = self.drain.num_running if self.num_requests is None else self.num_requests
+        return dict.fromkeys("ab"[:number])
 
     async def abort(self, request_ids, internal):
         assert internal
@@ -48,9 +57,9 @@ async def stop(drain, monkeypatch):
     loop, handlers = asyncio.get_running_loop(), {}
     monkeypatch.setattr(loop, "add_signal_handler", handlers.__setitem__)
 
-    async def run(timeout, num_running=0, during=None):
+    async def run(timeout, num_running=0, during=None, num_requests=None):
         drain.num_running = num_running
-        engine = Engine(drain)
+        engine = Engine(drain, num_requests)
         client = DrainingClient(engine, drain)
         stopping = loop.run_in_executor(None, client.shutdown, timeout)
         if during is not None:
@@ -76,6 +85,22 @@ async def test_running_requests_end_first(stop, drain):
     engine = await stop(timeout=1000, num_running=2, during=finish)
     assert not engine.aborted
     assert len(engine.timeouts) == 1
+
+
+async def test_a_client_that_does_not_read_is_not_waited_for(stop, monkeypatch):
+    monkeypatch.setattr("server.shutdown._SETTLE_S", 0.2)
+    engine = await stop(timeout=1000, num_running=1, num_requests=0)
+    assert not engine.aborted
+    assert engine.timeouts[0] > 900
+
+
+async def test_background_responses_end_first(stop):
+    def finish(engine, handlers):
+        engine.num_requests = 0
+
+    engine = await stop(timeout=1000, num_requests=1, during=finish)
+    assert not engine.aborted
+    assert engine.timeouts[0] > 900
 
 
 @pytest.mark.parametrize("timeout", [None, 0, 0.2])

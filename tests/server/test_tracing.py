@@ -32,7 +32,7 @@ def trace():
 
 
 def make_record(path="/v1/chat/completions", **fields) -> RequestRecord:
-    return RequestRecord("POST", path, **{"status": 200} | fields)
+    return RequestRecord("POST", path, **{"status": 200, "is_complete": True} | fields)
 
 
 def traceparent(flags: str) -> tuple[bytes, bytes]:
