@@ -90,8 +90,15 @@ def test_a_server_with_a_fault_does_not_pass(mock, fault_file, write, fault, kin
 
 
 def test_ctrl_c_ends_a_run_with_its_summary(mock, tmp_path):
-    command = [*LOADTESTS, *split(ADJUSTED), "--url", mock.url, "--out", str(tmp_path)]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Too long to end by itself, and with the signal that a shell's background jobs ignore.
+    arguments = [*split(ADJUSTED), "--url", mock.url, "--out", str(tmp_path), "--duration", "600"]
+    running = subprocess.Popen(
+        [*LOADTESTS, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         for line in running.stderr:
             if "All users spawned" in line:
