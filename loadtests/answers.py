@@ -24,6 +24,13 @@ class Choice:
     adaptive: dict[str, Any] | None = None
     temperatures: list[float] = field(default_factory=list)
 
+    @property
+    def chooser(self) -> str | None:
+        """The head that chose its temperatures, or the policy without one; None until it says."""
+        if not self.adaptive:
+            return None
+        return str(self.adaptive["head"] or self.adaptive["policy"])
+
     def read(self, choice: dict[str, Any]) -> bool:
         """Take in a choice of a response or of a chunk. Returns whether it brought tokens."""
         message = choice.get("delta") or choice.get("message") or {}

@@ -126,9 +126,8 @@ def count_answer(block: Block, answer: Answer) -> None:
     if answer.itl is not None:
         block.itls.append(answer.itl)
     for choice in answer.choices.values():
-        if choice.adaptive:
-            name = choice.adaptive["head"] or choice.adaptive["policy"]
-            counts = block.temperatures.setdefault(name, {})
+        if choice.adaptive and choice.chooser:
+            counts = block.temperatures.setdefault(choice.chooser, {})
             for key, count in choice.adaptive["histogram"].items():
                 counts[key] = counts.get(key, 0) + count
 

@@ -111,10 +111,8 @@ class Client:
             self._report(SPEED, ask.name, answer.num_tokens / answer.duration)
         for choice in answer.choices.values():
             if choice.adaptive:
-                head = choice.adaptive["head"] or choice.adaptive["policy"]
-                self._report(
-                    TEMPERATURE, f"mean of an answer, {head}", 1000 * choice.adaptive["mean"]
-                )
+                name = f"mean of an answer, {choice.chooser}"
+                self._report(TEMPERATURE, name, 1000 * choice.adaptive["mean"])
 
     def _report(self, kind: str, name: str, value: float, error: Exception | None = None) -> None:
         self._fire(

@@ -1,7 +1,7 @@
 """Is a request adaptive, and can it be served? Decided here, before the engine sees it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fastapi import Request
 from vllm.exceptions import VLLMValidationError
@@ -28,7 +28,6 @@ class AdaptiveState:
     tokenize_marker: Callable[[str], list[int]] | None
     metrics: AdaptiveMetrics
     control: HeadControl | None = None
-    admin_key: str | None = field(default=None, repr=False)
 
     @staticmethod
     def adaptive_name(served_name: str) -> str:

@@ -97,16 +97,13 @@ class _Reader:
                     except asyncio.CancelledError:
                         await engine.abort(request_id)
                         await asyncio.wait([step], timeout=_ABORT_TIMEOUT_S)
-                        if not step.done():
-                            # vLLM had not come to the engine yet.
-                            step.cancel()
-                            await asyncio.wait([step])
-                        elif step.exception() is None:
+                        if step.done() and step.exception() is None:
                             self._take(step.result())
                         raise
                     finally:
                         if not step.done():
-                            # The generator cannot be closed while it runs.
+                            # vLLM had not come to the engine yet, or the abort failed. A
+                            # generator that runs cannot be closed.
                             step.cancel()
                             await asyncio.wait([step])
                     self._take(output)

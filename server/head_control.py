@@ -48,6 +48,7 @@ class HeadControl:
             of its engine: no other API process would hear of a change.
         registry: the heads that requests find.
         heads_dir: heads are loaded from below this folder only.
+        admin_key: what a request for a change must show.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class HeadControl:
         registry: HeadRegistry,
         metrics: AdaptiveMetrics,
         heads_dir: Path,
+        admin_key: str,
     ) -> None:
         self._engine_client = engine_client
         self._registry = registry
         self._metrics = metrics
         self._heads_dir = heads_dir.resolve()
+        self.admin_key = admin_key
         self._verifier = HeadVerifier(engine_client.vllm_config)
         self._lock = asyncio.Lock()
         self._loop = asyncio.get_running_loop()

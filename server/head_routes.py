@@ -68,12 +68,12 @@ def require_control(
 ) -> HeadControl:
     """The control of the heads, for a request with the admin key."""
     state: AdaptiveState = raw_request.app.state.adaptive
-    if state.control is None or state.admin_key is None:
+    if state.control is None:
         raise HTTPException(
             HTTPStatus.FORBIDDEN,
             "changing heads is off; start adaptive-serve with ADAPTIVE_ADMIN_KEY and --heads-dir",
         )
-    if not hmac.compare_digest((key or "").encode(), state.admin_key.encode()):
+    if not hmac.compare_digest((key or "").encode(), state.control.admin_key.encode()):
         state.metrics.count_change("key", "refused")
         raise HTTPException(
             HTTPStatus.UNAUTHORIZED, f"the header {ADMIN_KEY_HEADER} must hold the admin key"

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from adaptive_head.checkpoint import read_metadata
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
-from adaptive_head.vllm.settings import read_admin_key, read_settings
+from adaptive_head.vllm.settings import AdaptiveSettings, read_admin_key, read_settings
 from server.admission import AdaptiveState
 from server.engine_proxy import EngineProxy
 from server.handlers import (
@@ -56,9 +56,10 @@ class AdaptiveEndpoints:
         app.include_router(make_router())
         app.include_router(make_head_router())
         args = app.state.args
-        if read_settings(args.additional_config).playground:
+        settings = read_settings(args.additional_config)
+        if settings.playground:
             app.include_router(make_playground_router())
-        observers = make_observers(args)
+        observers = make_observers(args, settings)
         app.add_middleware(Gate, drain=DRAIN)
         if observers:
             app.add_middleware(Recorder, paths=RECORDED_PATHS, observers=observers)
@@ -87,7 +88,7 @@ class AdaptiveEndpoints:
         admin_key = read_admin_key(settings.heads_dir, config.parallel_config._api_process_count)
         control = None
         if admin_key is not None and settings.heads_dir is not None:
-            control = HeadControl(engine_client, heads, metrics, settings.heads_dir)
+            control = HeadControl(engine_client, heads, metrics, settings.heads_dir, admin_key)
         state.adaptive = AdaptiveState(
             heads=heads,
             adaptive_by_default=settings.adaptive_by_default,
@@ -95,7 +96,6 @@ class AdaptiveEndpoints:
             tokenize_marker=tokenizer and partial(tokenizer.encode, add_special_tokens=False),
             metrics=metrics,
             control=control,
-            admin_key=admin_key,
         )
         for name, handler_class in HANDLERS.items():
             extend_handler(getattr(state, name), handler_class, EngineProxy(engine_client))
@@ -135,7 +135,7 @@ def require_engine_side(worker_cls: object, scheduler_cls: object) -> None:
             )
 
 
-def make_observers(args: Namespace) -> list[Observer]:
+def make_observers(args: Namespace, settings: AdaptiveSettings) -> list[Observer]:
     """The request log and the tracer, where the command line asks for them.
 
     Raises:
@@ -147,8 +147,8 @@ def make_observers(args: Namespace) -> list[Observer]:
         from server.tracing import Tracer
 
         observers.append(Tracer())
-    if (target := read_settings(args.additional_config).request_log) is not None:
-        observers.append(RequestLog(target))
+    if settings.request_log is not None:
+        observers.append(RequestLog(settings.request_log))
     return observers
 
 

@@ -68,7 +68,7 @@ class AdaptiveWorker(PlatformWorker):
             LOADING, None where the head serves from the next step on, or why it cannot be loaded.
         """
         try:
-            selector = self._find_selector()
+            selector: TemperatureSelector | None = self.model_runner.selector
             if selector is not None and not selector.has_head(name, generation):
                 head = self._loader.poll((name, generation), Path(folder), digest)
                 if head is None:
@@ -81,15 +81,10 @@ class AdaptiveWorker(PlatformWorker):
 
     def remove_head(self, name: str, generation: int) -> None:
         """Forget a head that no request has any more, or that not every rank could load."""
-        if (selector := self._find_selector()) is not None:
+        if (selector := self.model_runner.selector) is not None:
             self._loader.cancel((name, generation))
             selector.remove_head(name, generation)
 
     @cached_property
     def _loader(self) -> HeadLoader:
         return HeadLoader(self.vllm_config)
-
-    def _find_selector(self) -> TemperatureSelector | None:
-        is_sampling = get_pp_group().is_last_rank
-        selector: TemperatureSelector | None = self.model_runner.selector if is_sampling else None
-        return selector

@@ -79,6 +79,15 @@ class Server:
         self.process.send_signal(number)
         return self.process.wait(timeout=60)
 
+    def wait_until_idle(self, seconds: float = 30) -> None:
+        """Wait until the engine has no request, for some seconds at most."""
+        deadline = time.monotonic() + seconds
+        while any(
+            self.sum_metric(f"vllm:num_requests_{state}") for state in ("running", "waiting")
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
     def kill(self) -> None:
         self.http.close()
         if self.process.poll() is None:

@@ -74,13 +74,6 @@ def wait_for_line(site, request_id: str) -> dict:
     raise AssertionError(f"no line for {request_id}")
 
 
-def wait_until_idle(server, seconds=30) -> None:
-    deadline = time.monotonic() + seconds
-    while server.sum_metric(RUNNING) or server.sum_metric("vllm:num_requests_waiting"):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["blocking", "streaming"])
 @pytest.mark.parametrize("path", BODIES)
 def test_a_request_is_logged_and_traced(site, path, stream):
@@ -183,7 +176,7 @@ def test_a_client_that_leaves_ends_its_request_and_what_it_cost_is_counted(site,
             asked = pool.submit(connection.post, path, json=body, headers={"x-request-id": name})
             assert isinstance(asked.exception(), httpx.ReadTimeout)
     # Generous for a busy machine: vLLM hears of it at once.
-    wait_until_idle(server, seconds=5)
+    server.wait_until_idle(seconds=5)
     while len(lines := read_lines(site)) == num_lines:
         time.sleep(0.05)
     (line,) = lines[num_lines:]
@@ -210,7 +203,7 @@ def test_requests_of_one_name_are_aborted_one_at_a_time(site):
         )
         assert isinstance(leaves.exception(), httpx.ReadTimeout)
         assert stays.result().json()["usage"]["completion_tokens"] == 80
-    wait_until_idle(site.server)
+    site.server.wait_until_idle()
 
 
 def connect_slowly(server, body: dict) -> socket.socket:
@@ -232,7 +225,7 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(site):
     with connect_slowly(server, body) as connection:
         while not server.sum_metric(RUNNING):
             time.sleep(0.05)
-        wait_until_idle(server)
+        server.wait_until_idle()
         assert server.post("/v1/completions", make_body()).is_success
         received = b""
         while b"data: [DONE]" not in received:
@@ -277,7 +270,7 @@ def test_a_crowd_that_comes_and_goes_leaves_nothing_behind_and_is_counted_right(
     results = asyncio.run(crowd())
     assert results.keys() == {"200", "left"}, results
     assert results["200"] > 50 and results["left"] > 10
-    wait_until_idle(server)
+    server.wait_until_idle()
     time.sleep(1)
     lines = read_lines(site)[num_lines:]
     # Some left when their answer was on its way, and some before they were heard at all.

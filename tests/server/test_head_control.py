@@ -1,6 +1,7 @@
 """Changing heads through the routes, with real selectors in the place of the workers' engines."""
 
 import asyncio
+import dataclasses
 from types import SimpleNamespace
 
 import httpx
@@ -36,9 +37,7 @@ class Worker:
         self._loader = HeadLoader(config)
         networks = {name: load_head(folder).network for name, folder in heads.items()}
         self.selector = TemperatureSelector(networks, 1, torch.device("cpu"))
-
-    def _find_selector(self) -> TemperatureSelector:
-        return self.selector
+        self.model_runner = SimpleNamespace(selector=self.selector)
 
 
 class Engines:
@@ -97,13 +96,13 @@ def setup(monkeypatch, save, folder):
         metrics = AdaptiveMetrics("smol", metadata, collected)
         registry = HeadRegistry(metadata, "a")
         engines = Engines(config, heads)
-        control = HeadControl(engines, registry, metrics, folder) if key else None
+        control = HeadControl(engines, registry, metrics, folder, key) if key else None
         app = FastAPI()
         app.include_router(make_head_router())
         init_exception_handler(app)
         app.state.args = SimpleNamespace(log_error_stack=False)
-        app.state.adaptive = make_state(metrics=metrics, control=control, admin_key=key)
-        object.__setattr__(app.state.adaptive, "heads", registry)
+        state = make_state(metrics=metrics, control=control)
+        app.state.adaptive = dataclasses.replace(state, heads=registry)
         return SimpleNamespace(
             app=app, engines=engines, metrics=collected, registry=registry, send=make_sender(app)
         )

@@ -1,6 +1,5 @@
 """What /metrics says after requests whose tokens are known."""
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -76,13 +75,6 @@ def test_labels_say_which_head_chose(server):
     assert server.sum_metric("adaptive_head_info") == 2
 
 
-def wait_until_idle(server) -> None:
-    deadline = time.monotonic() + 20
-    while server.sum_metric("vllm:num_requests_running"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def test_a_client_that_leaves_ends_its_stream_and_its_tokens_are_counted(server, client, rise):
     stream = client.completions.create(
         model=MODEL,
@@ -98,7 +90,7 @@ def test_a_client_that_leaves_ends_its_stream_and_its_tokens_are_counted(server,
     )
     assert server.sum_metric("vllm:num_requests_running") == 1
     stream.close()
-    wait_until_idle(server)
+    server.wait_until_idle(seconds=20)
     assert num_read <= rise(COUNT) < 1500
     assert rise(ANSWERS) in (0, 1)
     assert server.sum_metric("adaptive_temperature_bucket", le="+Inf") == server.sum_metric(COUNT)
@@ -110,7 +102,7 @@ def test_a_client_that_waits_no_longer_ends_its_request(server, rise):
         body = make_body(max_tokens=1500)
         asked = pool.submit(connection.post, "/v1/completions", json=body)
         assert isinstance(asked.exception(), httpx.ReadTimeout)
-    wait_until_idle(server)
+    server.wait_until_idle(seconds=20)
     assert rise(REQUESTS) == 1
     assert rise(COUNT) < 1500
     assert complete(server) == 10
