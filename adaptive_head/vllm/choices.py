@@ -21,46 +21,59 @@ check_parameters(SamplingMaskLists.slice_request, "self", "req_idx", "num_positi
 
 
 class ChoiceLists:
-    """One temperature a sampled token, in the order of the batch.
+    """The temperatures of one step's tokens, in the order of the batch.
 
     Args:
-        micros: int32 [num_requests], millionths; -1 for an ordinary request.
+        micros: int32 [rows], millionths; -1 for an ordinary request. Rows of drafts that were
+            rejected are among them, and are never asked for.
+        starts: int [num_requests + 1], each request's first row; None where all have one.
     """
 
-    __slots__ = ("_is_adaptive", "_micros")
+    __slots__ = ("_is_adaptive", "_micros", "_starts")
 
-    def __init__(self, micros: np.ndarray) -> None:
+    def __init__(self, micros: np.ndarray, starts: np.ndarray | None = None) -> None:
         self._micros = micros
-        self._is_adaptive = (micros != ORDINARY).tolist()
+        self._starts = None if starts is None else starts.tolist()
+        first = micros if starts is None else micros[starts[:-1]]
+        self._is_adaptive = (first != ORDINARY).tolist()
 
     def slice_request(self, req_idx: int, num_positions: int) -> SamplingMaskLists | None:
         """The choices of one request's new tokens; None for an ordinary request.
 
         Args:
-            num_positions: how many of the step's tokens were kept: 1, without speculation.
+            num_positions: how many of the step's tokens were kept.
         """
-        assert num_positions == 1
         if not self._is_adaptive[req_idx]:
             return None
-        return SamplingMaskLists(self._micros[req_idx : req_idx + 1])
+        start = req_idx if self._starts is None else self._starts[req_idx]
+        micros = self._micros[start : start + num_positions]
+        offsets = None if num_positions == 1 else np.arange(num_positions + 1)
+        return SamplingMaskLists(micros, offsets)
 
-    def __reduce__(self) -> tuple[type["ChoiceLists"], tuple[np.ndarray]]:
-        return ChoiceLists, (self._micros,)
+    def __reduce__(self) -> tuple[type["ChoiceLists"], tuple[np.ndarray, np.ndarray | None]]:
+        starts = None if self._starts is None else np.array(self._starts)
+        return ChoiceLists, (self._micros, starts)
 
 
 @dataclass(frozen=True)
 class ChoiceTensors:
-    """int32 [num_requests] on the device, for vLLM to copy on its own output stream."""
+    """A step's temperatures on the device, for vLLM to copy on its own output stream.
+
+    Attributes:
+        micros: int32 [rows], as in `ChoiceLists`.
+        starts: on the host, as in `ChoiceLists`.
+    """
 
     micros: torch.Tensor
+    starts: np.ndarray | None = None
 
     def to_cpu_nonblocking(self) -> "ChoiceTensors":
         """Start the copy to the host; vLLM waits for its event before `tolists`."""
-        return ChoiceTensors(self.micros.to("cpu", non_blocking=True))
+        return ChoiceTensors(self.micros.to("cpu", non_blocking=True), self.starts)
 
     def tolists(self, _num_sampled: np.ndarray | None = None) -> ChoiceLists:
         """The copied choices."""
-        return ChoiceLists(self.micros.numpy())
+        return ChoiceLists(self.micros.numpy(), self.starts)
 
 
 def take_choices(output: CompletionOutput) -> list[int] | None:

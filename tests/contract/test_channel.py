@@ -56,6 +56,22 @@ def test_choices_go_through_v2s_conversion():
     assert lists.slice_request(2, 1).to_nested_list() == [[0]]
 
 
+def test_a_request_with_drafts_hands_over_as_many_choices_as_it_kept_tokens():
+    """Three rows for the first request, one for the second, two for the third."""
+    micros = torch.tensor([5, 6, 7, ORDINARY, 8, 9], dtype=torch.int32)
+    tensors = ChoiceTensors(micros, np.array([0, 3, 4, 6]))
+    lists = tensors.to_cpu_nonblocking().tolists(np.array([2, 1, 1]))
+    for copied in (lists, pickle.loads(pickle.dumps(lists))):
+        assert copied.slice_request(0, 2).to_nested_list() == [[5], [6]]
+        assert copied.slice_request(1, 1) is None
+        assert copied.slice_request(2, 1).to_nested_list() == [[8]]
+    # A stop string in the middle of a step's tokens.
+    encoded = MsgpackEncoder().encode(lists.slice_request(0, 3))
+    received = MsgpackDecoder(SamplingMaskLists).decode(encoded)
+    assert received.slice_request(0, 2).to_nested_list() == [[5], [6]]
+    assert received.slice_request(0, 1).to_nested_list() == [[5]]
+
+
 def test_model_runner_output_has_a_place_for_choices():
     output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
     assert output.sampling_masks is None
@@ -115,7 +131,6 @@ def test_the_output_processor_hands_on_one_entry_a_token():
         "self.sampling_mask_chunks.clear()",
         "sampling_mask=sampling_mask",
     )
-    # Slicing at a stop string needs several tokens in a step, which only speculation makes.
     assert_in_order(OutputProcessor._trim_surplus_tokens, "if num_dropped <= 0:", "return")
 
 
