@@ -31,18 +31,18 @@ class PhaseTracker:
         self._markers_np = np.full(shape, NOTHING, dtype=np.int64)
         self._staged: set[int] = set()
         # int64 [slots, 2, 8]: END and START, right-aligned; all NOTHING where there is none.
-        self._markers = torch.full(shape, NOTHING, dtype=torch.int64, device=device)
+        self.markers = torch.full(shape, NOTHING, dtype=torch.int64, device=device)
         # int64 [slots, 8]: the latest tokens, the newest last, without the one to be fed next.
-        self._recent = torch.full_like(self._markers[:, 0], NOTHING)
-        self._is_answer = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        self.recent = torch.full_like(self.markers[:, 0], NOTHING)
+        self.is_answer = torch.zeros(num_slots, dtype=torch.bool, device=device)
 
     def grow(self) -> None:
         """Double the number of slots, keeping what they hold."""
         nothing = np.full_like(self._markers_np, NOTHING)
         self._markers_np = np.concatenate([self._markers_np, nothing])
-        self._markers = torch.cat([self._markers, torch.full_like(self._markers, NOTHING)])
-        self._recent = torch.cat([self._recent, torch.full_like(self._recent, NOTHING)])
-        self._is_answer = torch.cat([self._is_answer, torch.zeros_like(self._is_answer)])
+        self.markers = torch.cat([self.markers, torch.full_like(self.markers, NOTHING)])
+        self.recent = torch.cat([self.recent, torch.full_like(self.recent, NOTHING)])
+        self.is_answer = torch.cat([self.is_answer, torch.zeros_like(self.is_answer)])
 
     def add(self, slot: int, marker: Sequence[int], start: Sequence[int]) -> None:
         """Stage a request that enters a slot, whatever was there before.
@@ -62,9 +62,9 @@ class PhaseTracker:
         slots_np = np.fromiter(self._staged, dtype=np.int64)
         self._staged.clear()
         slots = upload(slots_np, self.device)
-        self._markers.index_copy_(0, slots, upload(self._markers_np[slots_np], self.device))
-        self._recent.index_fill_(0, slots, NOTHING)
-        self._is_answer.index_fill_(0, slots, False)
+        self.markers.index_copy_(0, slots, upload(self._markers_np[slots_np], self.device))
+        self.recent.index_fill_(0, slots, NOTHING)
+        self.is_answer.index_fill_(0, slots, False)
 
     def start_phase(self, slot: int, token_ids: Sequence[int]) -> None:
         """Read a request's context: the phase is that of the marker that ends last in it.
@@ -73,8 +73,8 @@ class PhaseTracker:
         """
         context = np.asarray(token_ids, dtype=np.int64)
         end, start = (_find_last(marker, context) for marker in self._markers_np[slot])
-        self._is_answer[slot].fill_(end >= start and end > 0)
-        self._recent[slot].copy_(upload(_align(context[:-1]), self.device))
+        self.is_answer[slot].fill_(end >= start and end > 0)
+        self.recent[slot].copy_(upload(_align(context[:-1]), self.device))
 
     def step(
         self, slots: torch.Tensor, input_ids: torch.Tensor, is_ready: torch.Tensor
@@ -93,15 +93,15 @@ class PhaseTracker:
             bool [rows], whether the token to be sampled belongs to the answer. Of two markers
             that end at the same token, as unknown words may, the end of thinking counts.
         """
-        earlier_recent, earlier = self._recent[slots], self._is_answer[slots]
+        earlier_recent, earlier = self.recent[slots], self.is_answer[slots]
         recent = torch.cat([earlier_recent[:, 1:], input_ids.long().unsqueeze(1)], dim=1)
-        markers = self._markers[slots]
+        markers = self.markers[slots]
         is_match = (markers == recent.unsqueeze(1)) | (markers == NOTHING)
         is_found = is_match.all(dim=-1) & (markers[..., -1] != NOTHING)
         is_answer = is_found[:, END] | (earlier & ~is_found[:, START])
         is_answer = torch.where(is_ready, is_answer, earlier)
-        self._recent[slots] = torch.where(is_ready.unsqueeze(1), recent, earlier_recent)
-        self._is_answer[slots] = is_answer
+        self.recent[slots] = torch.where(is_ready.unsqueeze(1), recent, earlier_recent)
+        self.is_answer[slots] = is_answer
         return is_answer
 
 

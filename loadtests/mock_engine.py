@@ -35,7 +35,7 @@ from vllm.v1.outputs import LogprobsLists, SamplingMaskLists
 
 from adaptive_head.checkpoint import read_metadata
 from adaptive_head.options import EXTRA_ARGS_KEY, Options
-from adaptive_head.selector import MICRO
+from adaptive_head.slots import MICRO
 from adaptive_head.vllm.choices import ChoiceLists
 from adaptive_head.vllm.settings import read_settings
 

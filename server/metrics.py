@@ -7,7 +7,7 @@ from prometheus_client.utils import floatToGoString
 
 from adaptive_head.checkpoint import HeadMetadata
 from adaptive_head.options import Options
-from adaptive_head.selector import MICRO
+from adaptive_head.slots import MICRO
 
 LABELS = ("model", "head", "level")
 # Where no head is loaded, for the learning-free policies.

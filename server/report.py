@@ -7,7 +7,7 @@ from typing import Any
 from vllm.outputs import CompletionOutput, RequestOutput
 
 from adaptive_head.options import Options, ReportDetail
-from adaptive_head.selector import MICRO
+from adaptive_head.slots import MICRO
 from adaptive_head.vllm.choices import take_choices
 from server.heads import ServedHead
 from server.metrics import AdaptiveMetrics

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from adaptive_head.head import AdaptiveHead, HeadConfig
 from adaptive_head.options import Options
-from adaptive_head.selector import Step, TemperatureSelector, to_micro
+from adaptive_head.selector import Step, TemperatureSelector
+from adaptive_head.slots import to_micro
 from tests import reference
 
 CPU = torch.device("cpu")

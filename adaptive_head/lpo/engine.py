@@ -12,7 +12,7 @@ from adaptive_head.checkpoint import read_metadata
 from adaptive_head.lpo.experiment import EngineConfig
 from adaptive_head.lpo.records import FinishReason, Prompt, Response
 from adaptive_head.options import AdaptiveRequest, Head, resolve_options
-from adaptive_head.selector import MICRO
+from adaptive_head.slots import MICRO
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from vllm.outputs import CompletionOutput
 from vllm.v1.outputs import SamplingMaskLists
 
-from adaptive_head.selector import ORDINARY
+from adaptive_head.slots import ORDINARY
 from adaptive_head.vllm.compat import check_parameters
 
 # `ChoiceLists` stands in for this one.

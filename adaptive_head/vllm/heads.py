@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from adaptive_head.checkpoint import HeadError, LoadedHead, load_head
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.options import OptionError, Options
-from adaptive_head.selector import TemperatureSelector
+from adaptive_head.slots import SlotTable
 from adaptive_head.vllm.settings import read_settings
 
 if TYPE_CHECKING:
@@ -116,9 +116,7 @@ def fingerprint_served(config: "VllmConfig") -> str | None:
     return fingerprint_model(folder)
 
 
-def read_options(
-    sampling_params: "SamplingParams", selector: TemperatureSelector
-) -> Options | None:
+def read_options(sampling_params: "SamplingParams", selector: SlotTable) -> Options | None:
     """The options of a request that has reached the worker; None for an ordinary one.
 
     Options are resolved at admission, so a wrong entry is that of a caller who went around it.

@@ -6,14 +6,15 @@ from contextlib import contextmanager
 import torch
 from vllm.distributed import get_tp_group
 from vllm.sampling_params import SamplingParams
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 from vllm.v1.worker.gpu.states import RequestState
 
-from adaptive_head.checkpoint import LoadedHead
-from adaptive_head.selector import Step, TemperatureSelector, to_micro
 from adaptive_head.vllm.choices import ChoiceTensors
 from adaptive_head.vllm.compat import check_parameters
 from adaptive_head.vllm.heads import read_options
+from adaptive_head.vllm.kernels import Batch, scale_logits
+from adaptive_head.vllm.selector_v2 import DeviceSelector, SelectedStep
 
 check_parameters(LogitsProcessor.add_request, "self", "req_idx", "sampling_params")
 check_parameters(LogitsProcessor.apply_staged_writes, "self")
@@ -29,21 +30,16 @@ class AdaptiveTemperature(LogitsProcessor):
 
     Args:
         req_states: the model runner's slots.
-        heads: the loaded heads by name.
+        selector: with as many slots.
     """
 
-    def __init__(self, req_states: RequestState, heads: dict[str, LoadedHead]) -> None:
+    def __init__(self, req_states: RequestState, selector: DeviceSelector) -> None:
         self._req_states = req_states
-        self.selector = TemperatureSelector(
-            {name: head.network for name, head in heads.items()},
-            req_states.max_num_reqs,
-            req_states.device,
-        )
+        self.selector = selector
         # Sequence-level choices of preempted requests, by request id.
         self._parked: dict[str, torch.Tensor] = {}
-        self._hidden_states: torch.Tensor | None = None
-        self._logits_indices: torch.Tensor | None = None
-        self._temperatures: torch.Tensor | None = None
+        self._step: SelectedStep | None = None
+        self._num_rows_done = 0
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         options = read_options(sampling_params, self.selector)
@@ -69,64 +65,65 @@ class AdaptiveTemperature(LogitsProcessor):
         self._parked.pop(req_id, None)
 
     @contextmanager
-    def reading(self, hidden_states: torch.Tensor, logits_indices: torch.Tensor) -> Iterator[None]:
-        """Show `apply` the step's hidden states.
+    def sampling(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> Iterator[None]:
+        """Choose for a step's rows, beside what vLLM does with them inside the block.
 
-        Outside of this (vLLM's profiling and warm-up) every request is ordinary.
+        Outside of it (vLLM's profiling and warm-up) every request is ordinary.
 
         Args:
-            hidden_states: [tokens, d], may be the static output of a CUDA graph.
-            logits_indices: int64 [rows], the tokens that have logits.
+            hidden_states: [tokens, d].
         """
-        self._hidden_states, self._logits_indices = hidden_states, logits_indices
+        self._step = self.selector.begin(hidden_states, self._describe(input_batch))
+        self._num_rows_done = 0
         try:
             yield
         finally:
-            self._hidden_states = self._logits_indices = self._temperatures = None
-
-    def take_choices(self) -> ChoiceTensors | None:
-        """What `apply` chose in this step, or None where no request was adaptive."""
-        if self._temperatures is None:
-            return None
-        return ChoiceTensors(to_micro(self._temperatures))
+            if self._step is not None:
+                self._step.join()
+            self._step = None
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
-        """Scale the adaptive rows of float32 logits [rows, vocabulary] in place."""
-        if self._hidden_states is None or not self.selector.has_adaptive(ctx.idx_mapping_np):
+        """Scale the adaptive rows of float32 logits [rows, vocabulary] in place.
+
+        vLLM verifies large batches of drafts in parts, one after the other: each call is for the
+        rows that follow those of the last.
+        """
+        if self._step is None:
             return logits
-        slots = ctx.expanded_idx_mapping
-        step = Step(
-            slots=slots.long(),
-            slots_np=ctx.idx_mapping_np,
-            hidden=self._hidden_states[self._logits_indices],
-            logits=logits,
-            input_ids=ctx.input_ids,
-            positions=ctx.pos,
-            prompt_lens=self._req_states.prompt_len.gpu[slots],
-            is_ready=ctx.pos + 1 >= self._req_states.prefill_len.gpu[slots],
-        )
-        temperatures = self.selector.select(step)
-        assert temperatures is not None
+        first_row = self._num_rows_done
+        self._num_rows_done += logits.shape[0]
+        self._step.join()
+        self._step.choose_by_logits(logits, first_row)
         if get_tp_group().world_size > 1:
-            # Every rank samples for itself, and all must divide by the same number.
-            temperatures = get_tp_group().broadcast(temperatures, src=0)
-        self._temperatures = temperatures
-        return scale_logits(logits, temperatures)
+            # Every rank samples for itself, and all must divide by the same number. Here and not
+            # on the side stream: no two collectives of a rank may run at once.
+            get_tp_group().broadcast(self._step.micros[first_row : self._num_rows_done], src=0)
+        scale_logits(logits, self._step.micros, first_row)
+        return logits
 
+    def take_choices(self, num_sampled: torch.Tensor) -> ChoiceTensors | None:
+        """What was chosen in this step, or None where no request was adaptive.
 
-def scale_logits(logits: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
-    """Divide rows by their temperatures, in place.
+        Args:
+            num_sampled: int32 [requests], how many of each request's rows became tokens.
+        """
+        if self._step is None:
+            return None
+        assert self._num_rows_done == self._step.batch.num_rows
+        self._step.end(num_sampled)
+        return ChoiceTensors(self._step.micros, self._step.batch.starts_np)
 
-    Args:
-        logits: float32 [rows, vocabulary].
-        temperatures: float32 [rows]; NaN leaves a row as it is, 0 leaves only its maximum
-            (the first of equals), so that whatever is sampled is the greedy token.
-    """
-    is_greedy = temperatures == 0
-    best = logits.argmax(dim=-1, keepdim=True)
-    peak = logits.gather(-1, best)
-    divisor = torch.where(is_greedy | temperatures.isnan(), 1.0, temperatures)
-    logits.div_(divisor.unsqueeze(1))
-    logits.masked_fill_(is_greedy.unsqueeze(1), -torch.inf)
-    greedy_peak = torch.where(is_greedy.unsqueeze(1), peak, logits.gather(-1, best))
-    return logits.scatter_(-1, best, greedy_peak)
+    def _describe(self, batch: InputBatch) -> Batch:
+        return Batch(
+            slots=batch.idx_mapping,
+            slots_np=batch.idx_mapping_np,
+            row_slots=batch.expanded_idx_mapping,
+            starts=batch.cu_num_logits,
+            starts_np=batch.cu_num_logits_np if batch.num_draft_tokens else None,
+            logits_indices=batch.logits_indices,
+            input_ids=batch.input_ids,
+            positions=batch.positions,
+            # Read anew in every step: vLLM exchanges these tensors.
+            prompt_lens=self._req_states.prompt_len.gpu,
+            prefill_lens=self._req_states.prefill_len.gpu,
+        )

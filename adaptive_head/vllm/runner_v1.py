@@ -19,7 +19,8 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from adaptive_head.checkpoint import LoadedHead
-from adaptive_head.selector import Step, TemperatureSelector, to_micro
+from adaptive_head.selector import Step, TemperatureSelector
+from adaptive_head.slots import to_micro
 from adaptive_head.vllm.choices import ChoiceLists
 from adaptive_head.vllm.compat import UnsupportedError, check_parameters
 from adaptive_head.vllm.heads import read_options

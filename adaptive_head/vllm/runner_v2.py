@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import get_tp_group
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -10,9 +12,10 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput, SamplingMaskTensors
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from adaptive_head.checkpoint import LoadedHead
-from adaptive_head.selector import TemperatureSelector
 from adaptive_head.vllm.compat import UnsupportedError, check_parameters
+from adaptive_head.vllm.head_runner import HiddenRows
 from adaptive_head.vllm.processor_v2 import AdaptiveTemperature
+from adaptive_head.vllm.selector_v2 import DeviceSelector
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Stock
@@ -44,11 +47,29 @@ class AdaptiveRunnerV2(_Stock):
             raise UnsupportedError(
                 f"adaptive temperatures need vLLM's own sampler, found {type(self.sampler)}"
             )
-        self.adaptive = AdaptiveTemperature(self.req_states, heads)
+        has_graphs = (
+            self.device.type == "cuda"
+            and self.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
+        )
+        rows = HiddenRows(
+            self.model_config.get_hidden_size(),
+            self.max_num_reqs * self.decode_query_len,
+            self.dtype,
+            self.device,
+            has_graphs,
+        )
+        selector = DeviceSelector(
+            {name: head.network for name, head in heads.items()},
+            self.max_num_reqs,
+            rows,
+            is_replicated=get_tp_group().world_size > 1,
+        )
+        selector.warm_up(self.vocab_size)
+        self.adaptive = AdaptiveTemperature(self.req_states, selector)
         self.sampler.logits_processors.append(self.adaptive)
 
     @property
-    def selector(self) -> TemperatureSelector | None:
+    def selector(self) -> DeviceSelector | None:
         """Where heads are added and removed; None on a rank that does not sample."""
         return self.adaptive and self.adaptive.selector
 
@@ -76,7 +97,8 @@ class AdaptiveRunnerV2(_Stock):
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
         if self.adaptive is None:
             return super().sample(hidden_states, input_batch, grammar_output)
-        with self.adaptive.reading(hidden_states, input_batch.logits_indices):
+        with self.adaptive.sampling(hidden_states, input_batch):
             result = super().sample(hidden_states, input_batch, grammar_output)
-            result[0].sampling_mask_tensors = self.adaptive.take_choices()
+            output, num_sampled, _ = result
+            output.sampling_mask_tensors = self.adaptive.take_choices(num_sampled)
         return result

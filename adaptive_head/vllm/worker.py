@@ -8,7 +8,7 @@ from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from adaptive_head.selector import TemperatureSelector
+from adaptive_head.slots import SlotTable
 from adaptive_head.vllm import LOADING
 from adaptive_head.vllm.compat import check_version, refuse_unsupported, refuse_v1
 
@@ -68,7 +68,7 @@ class AdaptiveWorker(PlatformWorker):
             LOADING, None where the head serves from the next step on, or why it cannot be loaded.
         """
         try:
-            selector: TemperatureSelector | None = self.model_runner.selector
+            selector: SlotTable | None = self.model_runner.selector
             if selector is not None and not selector.has_head(name, generation):
                 head = self._loader.poll((name, generation), Path(folder), digest)
                 if head is None:

@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu import model_runner as v2
 from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.sample.output import SamplerOutput, SamplingMaskTensors
 
-from adaptive_head.selector import ORDINARY
+from adaptive_head.slots import ORDINARY
 from adaptive_head.vllm.choices import ChoiceLists, ChoiceTensors, take_choices
 from tests.contract.helpers import assert_in_order, source
 

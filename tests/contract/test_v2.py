@@ -26,7 +26,8 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler as SamplerV2
 from vllm.v1.worker.gpu.sample.states import SamplingStates
 
 from adaptive_head.options import Options
-from adaptive_head.selector import ORDINARY, TemperatureSelector
+from adaptive_head.selector import TemperatureSelector
+from adaptive_head.slots import ORDINARY
 from adaptive_head.vllm import processor_v2
 from adaptive_head.vllm.compat import UnsupportedError
 from adaptive_head.vllm.heads import read_options

@@ -1,0 +1,260 @@
+"""The requests of an engine by slot: what they asked for, and what the device remembers of them.
+
+The host stages a request's options (`add`) and copies them over (`flush`); what chooses the
+temperatures reads the device's side. Neither waits for the other. The device's side is written by
+one stream at a time: `flush`, `start_phase`, `park` and `restore` come between two steps.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+from adaptive_head.head import MAX_NUM_TEMPERATURES, AdaptiveHead
+from adaptive_head.options import Options, PolicyName
+from adaptive_head.phases import PhaseTracker
+from adaptive_head.transfer import upload
+
+# Temperatures travel to the API process as integers: exact in decimal, and small on the wire.
+MICRO = 1_000_000
+ORDINARY = -1
+
+
+class Column(IntEnum):
+    """Columns of the table of options, one row a slot."""
+
+    IS_SEQUENCE = 0
+    IS_SAMPLED = 1
+    SCALE = 2
+    MIN = 3
+    MAX = 4
+    PARAMETER_0 = 5
+    PARAMETER_1 = 6
+    PARAMETER_2 = 7
+
+
+class PolicyIndex(IntEnum):
+    """What chooses for a slot; heads follow, in the order in which they came."""
+
+    ENTROPY = 0
+    SCHEDULE = 1
+    TWO_PHASE = 2
+    CONSTANT = 3
+    FIRST_HEAD = 4
+
+
+@dataclass(frozen=True)
+class HeadCounts:
+    """How often a head has chosen each of its temperatures."""
+
+    name: str
+    generation: int
+    counts: dict[float, int]
+
+
+class SlotTable:
+    """Options, seeds, sequence-level choices and phases of the requests in their slots.
+
+    Args:
+        heads: loaded heads by name, of generation 0.
+        num_slots: how many requests can be tracked at once.
+        device: where the sampler's tensors live.
+
+    Attributes:
+        policies: int32 [slots], a `PolicyIndex` or a head's index; ORDINARY where a slot is empty
+            or its request is ordinary.
+        options: float32 [slots, columns].
+        seeds: int64 [slots].
+        chosen: float32 [slots], what a sequence-level request has chosen, NaN until it has.
+        phases: of the two-phase requests.
+        counts: int64 [indices, 64], how often each head has chosen each of its temperatures.
+    """
+
+    def __init__(
+        self, heads: Mapping[str, AdaptiveHead], num_slots: int, device: torch.device
+    ) -> None:
+        self.device = device
+        # By policy, name and generation; see `Options`.
+        self._index: dict[tuple[PolicyName, str, int], int] = {
+            ("entropy", "entropy", 0): PolicyIndex.ENTROPY,
+            ("schedule", "schedule", 0): PolicyIndex.SCHEDULE,
+            ("two_phase", "two_phase", 0): PolicyIndex.TWO_PHASE,
+            ("constant", "constant", 0): PolicyIndex.CONSTANT,
+        }
+        self._num_indices = int(PolicyIndex.FIRST_HEAD)
+        self._temperatures: dict[int, tuple[float, ...]] = {}
+        self.counts = self._make_counts(2 * self._num_indices)
+
+        self._options_np = np.zeros((num_slots, len(Column)), dtype=np.float32)
+        self._policy_np = np.full(num_slots, ORDINARY, dtype=np.int32)
+        self._seeds_np = np.zeros(num_slots, dtype=np.int64)
+        self._staged: set[int] = set()
+
+        self.policies = torch.full((num_slots,), ORDINARY, dtype=torch.int32, device=device)
+        self.options = torch.zeros((num_slots, len(Column)), device=device)
+        self.seeds = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.chosen = torch.full((num_slots,), torch.nan, device=device)
+        self.phases = PhaseTracker(num_slots, device)
+        for name, head in heads.items():
+            self.add_head(name, 0, head)
+
+    def add_head(self, name: str, generation: int, head: AdaptiveHead) -> int:
+        """Serve a head from now on, beside earlier generations of its name.
+
+        Returns:
+            Its index, which no other head gets: a step of an aborted request that has it may still
+            be under way when it is removed.
+        """
+        index = self._index["head", name, generation] = self._num_indices
+        self._num_indices += 1
+        self._temperatures[index] = head.config.temperatures
+        if self._num_indices > len(self.counts):
+            self.counts = torch.cat([self.counts, self._make_counts(len(self.counts))])
+        return index
+
+    def remove_head(self, name: str, generation: int) -> int | None:
+        """Forget a head. No request that will be answered may have it.
+
+        Returns:
+            The index that it had; None where it is not there.
+        """
+        return self._index.pop(("head", name, generation), None)
+
+    def has_head(self, name: str, generation: int) -> bool:
+        return ("head", name, generation) in self._index
+
+    def can_serve(self, options: Options) -> bool:
+        """Whether the policy and the head of these options are here."""
+        return _find_key(options) in self._index
+
+    def count_choices(self) -> list[HeadCounts]:
+        """How often each head has chosen each of its temperatures.
+
+        Before scale and bounds: once a token, or once an answer at the sequence level. Waits for
+        the device; for operators and tests, not for a step.
+        """
+        counts = self.counts.tolist()
+        return [
+            HeadCounts(
+                name, generation, dict(zip(self._temperatures[index], counts[index], strict=False))
+            )
+            for (policy, name, generation), index in self._index.items()
+            if policy == "head"
+        ]
+
+    def grow(self) -> range:
+        """Double the number of slots, keeping what they hold.
+
+        Returns:
+            The new slots.
+        """
+        num_slots = len(self._policy_np)
+        self._options_np = np.concatenate([self._options_np, np.zeros_like(self._options_np)])
+        self._policy_np = np.concatenate([self._policy_np, np.full(num_slots, ORDINARY, np.int32)])
+        self._seeds_np = np.concatenate([self._seeds_np, np.zeros_like(self._seeds_np)])
+        self.policies = torch.cat([self.policies, torch.full_like(self.policies, ORDINARY)])
+        self.options = torch.cat([self.options, torch.zeros_like(self.options)])
+        self.seeds = torch.cat([self.seeds, torch.zeros_like(self.seeds)])
+        self.chosen = torch.cat([self.chosen, torch.full_like(self.chosen, torch.nan)])
+        self.phases.grow()
+        return range(num_slots, 2 * num_slots)
+
+    def add(self, slot: int, options: Options | None, seed: int | None) -> bool:
+        """Stage a request that enters a slot, whatever was there before.
+
+        Args:
+            options: None for an ordinary request.
+            seed: the request's own, or None for a random one.
+
+        Returns:
+            Whether the request is adaptive.
+
+        Raises:
+            KeyError: the options name a head that is not loaded.
+        """
+        if options is None:
+            # Most slots never see an adaptive request, and then cost nothing.
+            if self._policy_np[slot] != ORDINARY:
+                self._policy_np[slot] = ORDINARY
+                self._staged.add(slot)
+            return False
+        policy = self._index[_find_key(options)]
+        row = np.zeros(len(Column), dtype=np.float32)
+        row[Column.IS_SEQUENCE] = options.level == "sequence"
+        row[Column.IS_SAMPLED] = options.select == "sample"
+        row[Column.SCALE] = options.scale
+        row[Column.MIN] = options.min
+        row[Column.MAX] = options.max
+        row[Column.PARAMETER_0 : Column.PARAMETER_0 + len(options.parameters)] = options.parameters
+        self._options_np[slot] = row
+        self._policy_np[slot] = policy
+        self._seeds_np[slot] = np.random.randint(1 << 63) if seed is None else _wrap_seed(seed)
+        self._staged.add(slot)
+        if policy == PolicyIndex.TWO_PHASE:
+            self.phases.add(slot, options.marker_token_ids, options.start_token_ids)
+        return True
+
+    def flush(self) -> None:
+        """Copy what was staged to the device, without waiting for it."""
+        if not self._staged:
+            return
+        slots_np = np.fromiter(self._staged, dtype=np.int64)
+        self._staged.clear()
+        slots = upload(slots_np, self.device)
+        self.policies.index_copy_(0, slots, upload(self._policy_np[slots_np], self.device))
+        self.options.index_copy_(0, slots, upload(self._options_np[slots_np], self.device))
+        self.seeds.index_copy_(0, slots, upload(self._seeds_np[slots_np], self.device))
+        self.chosen.index_fill_(0, slots, torch.nan)
+        self.phases.flush()
+
+    def is_adaptive(self, slot: int) -> bool:
+        """Whether the slot holds an adaptive request."""
+        return bool(self._policy_np[slot] != ORDINARY)
+
+    def has_adaptive(self, slots_np: np.ndarray) -> bool:
+        """Whether any of these slots holds an adaptive request."""
+        return bool((self._policy_np[slots_np] != ORDINARY).any())
+
+    def find_present(self, slots_np: np.ndarray) -> list[int]:
+        """The indices of what chooses for these slots, in order; the first is ORDINARY where one
+        of them holds an ordinary request."""
+        present: list[int] = np.unique(self._policy_np[slots_np]).tolist()
+        return present
+
+    def start_phase(self, slot: int, token_ids: list[int]) -> None:
+        """Tell a two-phase request what its context already holds: is the thinking over?
+
+        A prompt can carry the marker (a template that switches thinking off), and so can the
+        output so far of a request that resumes. Call after `flush`.
+        """
+        if self._policy_np[slot] == PolicyIndex.TWO_PHASE:
+            self.phases.start_phase(slot, token_ids)
+
+    def park(self, slot: int) -> torch.Tensor:
+        """The sequence-level choice of a request that leaves its slot; float32, 0-d, on device."""
+        return self.chosen[slot].clone()
+
+    def restore(self, slot: int, chosen: torch.Tensor) -> None:
+        """Give a resumed request its earlier choice back. Call after `flush`."""
+        self.chosen[slot].copy_(chosen)
+
+    def _make_counts(self, num_indices: int) -> torch.Tensor:
+        shape = (num_indices, MAX_NUM_TEMPERATURES)
+        return torch.zeros(shape, dtype=torch.int64, device=self.device)
+
+
+def to_micro(temperatures: torch.Tensor) -> torch.Tensor:
+    """Temperatures as int32 millionths, a half rounded up; -1 where a row is ordinary (NaN)."""
+    micro = torch.floor(temperatures.double() * MICRO + 0.5)
+    return torch.nan_to_num(micro, nan=float(ORDINARY)).to(torch.int32)
+
+
+def _find_key(options: Options) -> tuple[PolicyName, str, int]:
+    return options.policy, options.name, options.generation
+
+
+def _wrap_seed(seed: int) -> int:
+    """A seed as int64: vLLM gives the children of a request its seed, plus one each."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -1,0 +1,114 @@
+"""From a head's logits to a temperature a row: the likeliest, or a draw."""
+
+import torch
+import triton
+import triton.language as tl
+
+from adaptive_head.head import MAX_NUM_TEMPERATURES
+from adaptive_head.slots import Column, SlotTable
+from adaptive_head.vllm.kernels.batch import NO_PICK, Batch, Choices
+from adaptive_head.vllm.kernels.temperatures import bound, prefer_chosen
+
+_NO_PICK = tl.constexpr(NO_PICK)
+_NUM_COLUMNS = tl.constexpr(len(Column))
+_IS_SAMPLED = tl.constexpr(int(Column.IS_SAMPLED))
+_MAX_CHOICES = tl.constexpr(MAX_NUM_TEMPERATURES)
+# The constants of SplitMix64, as in `adaptive_head.head`.
+_STEP = tl.constexpr(0x9E3779B97F4A7C15)
+_MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
+_MIX_2 = tl.constexpr(0x94D049BB133111EB)
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 30)) * _MIX_1
+    x = (x ^ (x >> 27)) * _MIX_2
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _gumbel_noise(seed, position, lane):
+    """As `adaptive_head.head.gumbel_noise`: the same draws in any batch, at any batch size."""
+    row = _mix(_mix(seed.to(tl.uint64) + _STEP) + position.to(tl.uint64) * _STEP)
+    bits = _mix(row + (lane + 1).to(tl.uint64) * _STEP)
+    uniform = ((bits >> 40).to(tl.int64).to(tl.float64) + 0.5) * 5.9604644775390625e-08
+    return -tl.log(-tl.log(uniform)).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["head_index", "num_choices"])
+def _choose_by_head_kernel(
+    micros_ptr,
+    picks_ptr,
+    slots_ptr,
+    starts_ptr,
+    logits_indices_ptr,
+    positions_ptr,
+    policies_ptr,
+    options_ptr,
+    seeds_ptr,
+    chosen_ptr,
+    scores_ptr,
+    temperatures_ptr,
+    head_index,
+    num_choices,
+):
+    request = tl.program_id(0)
+    slot = tl.load(slots_ptr + request).to(tl.int64)
+    if tl.load(policies_ptr + slot) != head_index:
+        return
+    first_row = tl.load(starts_ptr + request)
+    end_row = tl.load(starts_ptr + request + 1)
+    chosen = tl.load(chosen_ptr + slot)
+    seed = tl.load(seeds_ptr + slot)
+    options_ptr += slot * _NUM_COLUMNS
+    is_sampled = tl.load(options_ptr + _IS_SAMPLED) != 0.0
+    lane = tl.arange(0, _MAX_CHOICES)
+
+    for row in range(first_row, end_row):
+        scores = tl.load(
+            scores_ptr + row * num_choices + lane,
+            mask=lane < num_choices,
+            other=float("-inf"),
+        )
+        # A broken hidden state must not become an index out of bounds.
+        scores = tl.where(scores == scores, scores, float("-inf"))
+        if is_sampled:
+            position = tl.load(positions_ptr + tl.load(logits_indices_ptr + row))
+            scores = scores + _gumbel_noise(seed, position, lane)
+        pick = tl.argmax(scores, axis=0)
+        micro = bound(tl.load(temperatures_ptr + pick), options_ptr)
+        tl.store(micros_ptr + row, prefer_chosen(chosen, micro))
+        tl.store(picks_ptr + row, tl.where(chosen == chosen, _NO_PICK, pick))
+
+
+def choose_by_head(
+    choices: Choices,
+    batch: Batch,
+    table: SlotTable,
+    head_index: int,
+    scores: torch.Tensor,
+    temperatures: torch.Tensor,
+) -> None:
+    """Choose for the rows of one head's requests; leaves the others alone.
+
+    Args:
+        scores: float32 [at least rows, K], contiguous, the head's logits for all rows.
+        temperatures: float32 [K].
+    """
+    _choose_by_head_kernel[(batch.num_requests,)](
+        choices.micros,
+        choices.picks,
+        batch.slots,
+        batch.starts,
+        batch.logits_indices,
+        batch.positions,
+        table.policies,
+        table.options,
+        table.seeds,
+        table.chosen,
+        scores,
+        temperatures,
+        head_index,
+        len(temperatures),
+        num_warps=1,
+    )
