@@ -259,18 +259,32 @@ def check_heads(settings: AdaptiveSettings, model: Path) -> None:
         load_head(folder, fingerprint=fingerprint)
 
 
+def is_v2_likely() -> bool:
+    """Whether vLLM will use its V2 model runner, as far as that can be told before it starts."""
+    import vllm.envs as envs
+    from vllm.platforms import current_platform
+
+    asked_for = envs.VLLM_USE_V2_MODEL_RUNNER
+    return not current_platform.is_cpu() if asked_for is None else asked_for
+
+
 def refuse_options(args: Namespace) -> None:
     """Refuse now what the engine would refuse after its start.
 
     Raises:
         UnsupportedError: names the option.
     """
+    speculation = args.speculative_config
     config = SimpleNamespace(
         model_config=SimpleNamespace(
             return_sampling_mask=args.return_sampling_mask, runner_type=args.runner
         ),
         parallel_config=args,
-        speculative_config=args.speculative_config,
+        speculative_config=speculation
+        and SimpleNamespace(
+            enable_adaptive_verification=speculation.get("enable_adaptive_verification", False)
+        ),
+        use_v2_model_runner=is_v2_likely(),
         watermark_config=args.watermark_config,
     )
     refuse_unsupported(config)

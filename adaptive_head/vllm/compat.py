@@ -50,8 +50,14 @@ def refuse_unsupported(config: "VllmConfig") -> None:
         UnsupportedError: names the option.
     """
     model, parallel = config.model_config, config.parallel_config
+    speculation = config.speculative_config
     refusals = {
-        "--speculative-config": config.speculative_config is not None,
+        "--speculative-config and vLLM's V1 model runner": (
+            speculation is not None and not config.use_v2_model_runner
+        ),
+        "enable_adaptive_verification in --speculative-config": (
+            speculation is not None and speculation.enable_adaptive_verification
+        ),
         "--enable-batch-sharded-sampling": parallel.enable_batch_sharded_sampling,
         "--return-sampling-mask": model.return_sampling_mask,
         "--watermark-config": config.watermark_config is not None,

@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput, SamplingMaskTensors
 from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from adaptive_head.checkpoint import LoadedHead
 from adaptive_head.vllm.compat import UnsupportedError, check_parameters
@@ -46,6 +47,11 @@ class AdaptiveRunnerV2(_Stock):
         if type(self.sampler) is not Sampler:
             raise UnsupportedError(
                 f"adaptive temperatures need vLLM's own sampler, found {type(self.sampler)}"
+            )
+        if type(self.rejection_sampler) not in (RejectionSampler, type(None)):
+            raise UnsupportedError(
+                "with speculative decoding adaptive temperatures need vLLM's own rejection "
+                f"sampler, found {type(self.rejection_sampler)}"
             )
         has_graphs = (
             self.device.type == "cuda"
