@@ -36,6 +36,7 @@ ORDINARY_SLOT = 0
 check_parameters(GPUModelRunner.sample_tokens, "self", "grammar_output")
 check_parameters(GPUModelRunner._update_states, "self", "scheduler_output")
 check_parameters(Sampler.__init__, "self", "logprobs_mode", "use_fp64_gumbel")
+check_parameters(Sampler.apply_temperature, "logits", "temp", "all_random")
 check_parameters(Sampler.sample, "self", "logits", "sampling_metadata", "logprobs_mode_override")
 
 
@@ -64,6 +65,20 @@ class AdaptiveSamplerV1(Sampler):
                 all_random=False,
             )
         return super().sample(logits, sampling_metadata, *args, **kwargs)
+
+    def apply_temperature(
+        self, logits: torch.Tensor, temp: torch.Tensor, all_random: bool
+    ) -> torch.Tensor:
+        """vLLM's, which leaves a greedy row at 1; of ours the maximum alone is left, as in V2, so
+        that the row's log-probabilities are those of its temperature 0."""
+        logits = super().apply_temperature(logits, temp, all_random)
+        if self.temperatures is not None:
+            greedy = torch.nonzero(self.temperatures == 0).flatten()
+            best = logits[greedy].argmax(dim=-1)
+            peaks = logits[greedy, best]
+            logits[greedy] = -torch.inf
+            logits[greedy, best] = peaks
+        return logits
 
 
 class AdaptiveRunnerV1(_Stock):

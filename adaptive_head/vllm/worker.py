@@ -85,6 +85,13 @@ class AdaptiveWorker(PlatformWorker):
             self._loader.cancel((name, generation))
             selector.remove_head(name, generation)
 
+    def count_choices(self) -> list[tuple[str, int, dict[float, int]]] | None:
+        """Name and generation of each head here, and how often it has chosen each of its
+        temperatures, before scale and bounds; None on a rank that does not sample."""
+        if (selector := self.model_runner.selector) is None:
+            return None
+        return [(head.name, head.generation, head.counts) for head in selector.count_choices()]
+
     @cached_property
     def _loader(self) -> HeadLoader:
         return HeadLoader(self.vllm_config)

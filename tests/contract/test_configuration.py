@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.scheduler import SchedulerConfig
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
@@ -63,12 +63,17 @@ def plain_config() -> SimpleNamespace:
         ),
         scheduler_config=SimpleNamespace(async_scheduling=False),
         speculative_config=None,
+        use_v2_model_runner=False,
         watermark_config=None,
     )
 
 
+def speculation(is_adaptive: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(enable_adaptive_verification=is_adaptive)
+
+
 REFUSED = {
-    "--speculative-config": ("speculative_config", object()),
+    "--speculative-config": ("speculative_config", speculation()),
     "--enable-batch-sharded-sampling": ("parallel_config.enable_batch_sharded_sampling", True),
     "--return-sampling-mask": ("model_config.return_sampling_mask", True),
     "--watermark-config": ("watermark_config", object()),
@@ -90,6 +95,19 @@ def test_a_plain_configuration_is_served(monkeypatch):
     refuse_unsupported(plain_config())
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
     refuse_unsupported(plain_config())
+
+
+def test_speculation_is_served_by_the_v2_model_runner_but_not_where_its_length_is_the_devices():
+    """With adaptive verification the host does not know how many rows a request has."""
+    config = plain_config()
+    config.use_v2_model_runner = True
+    config.speculative_config = speculation()
+    refuse_unsupported(config)
+    config.speculative_config = speculation(is_adaptive=True)
+    with pytest.raises(UnsupportedError, match="enable_adaptive_verification"):
+        refuse_unsupported(config)
+    assert isinstance(VllmConfig.use_v2_model_runner, property)
+    assert "enable_adaptive_verification" in SpeculativeConfig.__dataclass_fields__
 
 
 @pytest.mark.parametrize("option", REFUSED)
@@ -144,7 +162,7 @@ def test_make_scheduler_takes_vllms_own_and_sets_the_flag(is_async, wanted, monk
 
 def test_make_scheduler_refuses_what_cannot_be_served():
     config = plain_config()
-    config.speculative_config = object()
+    config.speculative_config = speculation()
     with pytest.raises(UnsupportedError, match="--speculative-config"):
         scheduler.make_scheduler(config)
 
@@ -163,7 +181,7 @@ def test_vllm_calls_whatever_scheduler_cls_names_with_keywords():
 # --- the worker and the runners ------------------------------------------------------------------
 
 
-def test_the_worker_is_the_platforms_own_with_two_methods_changed_and_two_more():
+def test_the_worker_is_the_platforms_own_with_two_methods_changed_and_three_more():
     assert f"{AdaptiveWorker.__module__}.{AdaptiveWorker.__name__}" == WORKER_CLS
     assert issubclass(AdaptiveWorker, CPUWorker) and issubclass(CPUWorker, Worker)
     ours = {name for name in vars(AdaptiveWorker) if not name.startswith("__")}
@@ -171,6 +189,7 @@ def test_the_worker_is_the_platforms_own_with_two_methods_changed_and_two_more()
     assert changed == {"init_device", "load_model"}
     assert {name for name in ours - changed if not name.startswith("_")} == {
         "add_head",
+        "count_choices",
         "remove_head",
     }
     assert_parameters(CPUWorker.init_device, "self")

@@ -6,7 +6,6 @@ failure after an upgrade says which line of `docs/vllm-coupling.md` is no longer
 
 import dataclasses
 import logging
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,10 +29,12 @@ from adaptive_head.selector import TemperatureSelector
 from adaptive_head.slots import ORDINARY
 from adaptive_head.vllm import processor_v2
 from adaptive_head.vllm.compat import UnsupportedError
+from adaptive_head.vllm.head_runner import HiddenRows
 from adaptive_head.vllm.heads import read_options
-from adaptive_head.vllm.processor_v2 import AdaptiveTemperature, scale_logits
+from adaptive_head.vllm.processor_v2 import AdaptiveTemperature
 from adaptive_head.vllm.runner_v1 import AdaptiveRunnerV1
 from adaptive_head.vllm.runner_v2 import AdaptiveRunnerV2
+from adaptive_head.vllm.selector_v2 import DeviceSelector
 from tests.contract.helpers import (
     CPU,
     assert_in_order,
@@ -44,8 +45,6 @@ from tests.contract.helpers import (
     source,
 )
 
-NAN = math.nan
-INF = math.inf
 SELECTOR = TemperatureSelector({}, 1, CPU)
 
 
@@ -191,43 +190,6 @@ def test_the_broadcast_goes_to_all_ranks_that_sample():
 # --- our stage, run on its own -------------------------------------------------------------------
 
 
-def scale_slowly(logits: list[list[float]], temperatures: list[float]) -> list[list[float]]:
-    scaled = []
-    for row, temperature in zip(logits, temperatures, strict=True):
-        if math.isnan(temperature):
-            scaled.append(list(row))
-        elif temperature == 0:
-            best = row.index(max(row))
-            scaled.append([x if i == best else -INF for i, x in enumerate(row)])
-        else:
-            scaled.append([float(np.float32(x) / np.float32(temperature)) for x in row])
-    return scaled
-
-
-def test_scale_logits_against_a_slow_reference():
-    generator = torch.Generator().manual_seed(3)
-    logits = torch.randn(60, 37, generator=generator) * 9
-    logits[torch.rand(60, 37, generator=generator) < 0.3] = -INF
-    logits[:, 5] = 1.25  # no row is masked entirely
-    temperatures = torch.tensor([NAN, 0.0, 0.3, 1.0, 1e-6, 10.0] * 10)
-    expected = scale_slowly(logits.tolist(), temperatures.tolist())
-    result = scale_logits(logits, temperatures)
-    assert result is logits, "in place"
-    assert result.tolist() == expected
-
-
-def test_scale_logits_leaves_ordinary_rows_bit_for_bit():
-    rows = torch.tensor([[0.1, -0.0, INF, -INF, 1e-45, 3.4e38]])
-    result = scale_logits(rows.clone(), torch.tensor([NAN]))
-    assert torch.equal(result.view(torch.int32), rows.view(torch.int32))
-
-
-def test_scale_logits_takes_the_first_of_equal_maxima():
-    logits = torch.tensor([[1.0, 4.0, 4.0, -INF], [-2.0, -2.0, -INF, -3.0]])
-    result = scale_logits(logits, torch.zeros(2)).tolist()
-    assert result == [[-INF, 4.0, -INF, -INF], [-2.0, -INF, -INF, -INF]]
-
-
 @pytest.fixture
 def single_rank(monkeypatch):
     monkeypatch.setattr(processor_v2, "get_tp_group", lambda: SimpleNamespace(world_size=1))
@@ -235,10 +197,9 @@ def single_rank(monkeypatch):
 
 def make_stage(num_slots: int = 4) -> AdaptiveTemperature:
     lens = [SimpleNamespace(gpu=torch.full((num_slots,), 3, dtype=torch.int32)) for _ in range(2)]
-    slots = SimpleNamespace(
-        max_num_reqs=num_slots, device=CPU, prompt_len=lens[0], prefill_len=lens[1]
-    )
-    return AdaptiveTemperature(slots, {})
+    slots = SimpleNamespace(prompt_len=lens[0], prefill_len=lens[1])
+    rows = HiddenRows(8, num_slots, torch.float32, CPU, has_graphs=False)
+    return AdaptiveTemperature(slots, DeviceSelector({}, num_slots, rows))
 
 
 def context_of(slots: list[int], pos: int = 2) -> LogitsContext:
@@ -254,11 +215,28 @@ def context_of(slots: list[int], pos: int = 2) -> LogitsContext:
     )
 
 
+def batch_of(slots: list[int], pos: int = 2) -> SimpleNamespace:
+    """What the stage reads of an `InputBatch` without drafts."""
+    count = len(slots)
+    mapping = torch.tensor(slots)
+    return SimpleNamespace(
+        idx_mapping=mapping,
+        idx_mapping_np=np.array(slots),
+        expanded_idx_mapping=mapping,
+        cu_num_logits=torch.arange(count + 1, dtype=torch.int32),
+        cu_num_logits_np=np.arange(count + 1),
+        num_draft_tokens=0,
+        logits_indices=torch.arange(count),
+        input_ids=torch.zeros(count, dtype=torch.int32),
+        positions=torch.full((count,), pos),
+    )
+
+
 def apply(stage: AdaptiveTemperature, logits: torch.Tensor, slots: list[int]) -> list[int] | None:
     """Run one step. Returns what left as choices, in millionths."""
-    with stage.reading(torch.zeros(len(slots), 8), torch.arange(len(slots))):
+    with stage.sampling(torch.zeros(len(slots), 8), batch_of(slots)):
         stage.apply(logits, context_of(slots))
-        choices = stage.take_choices()
+        choices = stage.take_choices(torch.ones(len(slots), dtype=torch.int32))
     return None if choices is None else choices.micros.tolist()
 
 
@@ -280,7 +258,7 @@ def test_v2_stage_does_nothing_in_warm_up_and_profiling():
     stage.apply_staged_writes()
     logits = torch.ones(1, 2)
     assert stage.apply(logits, context_of([0])) is logits
-    assert logits.tolist() == [[1.0, 1.0]] and stage.take_choices() is None
+    assert logits.tolist() == [[1.0, 1.0]] and stage.take_choices(torch.ones(1)) is None
 
 
 def test_v2_choice_of_a_sequence_survives_another_tenant_of_its_slot(single_rank):

@@ -57,7 +57,7 @@ def run_engine(tiny_model, heads, tmp_path_factory):
     """Runs batches of requests through a tiny engine, once for each configuration."""
 
     @cache
-    def run(runner: str, worker: str, batches: str, **engine) -> dict:
+    def run(runner: str, worker: str, batches: str, engine: str) -> dict:
         config = {
             "model": str(tiny_model),
             "skip_tokenizer_init": True,
@@ -70,7 +70,7 @@ def run_engine(tiny_model, heads, tmp_path_factory):
             "disable_log_stats": False,
             "distributed_executor_backend": "uni",
             "worker_cls": WORKERS[runner, worker],
-            **engine,
+            **json.loads(engine),
         }
         if worker == "adaptive":
             paths = {name: str(folder) for name, folder in heads.items()}
@@ -89,7 +89,7 @@ def run_engine(tiny_model, heads, tmp_path_factory):
         return json.loads(result.read_text())
 
     return lambda runner, worker, batches, **engine: run(
-        runner, worker, json.dumps(batches), **engine
+        runner, worker, json.dumps(batches), json.dumps(engine)
     )
 
 

@@ -28,7 +28,14 @@ def run(scenario: dict) -> dict:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         answers.append([[describe(answer) for answer in output.outputs] for output in outputs])
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-    return {"answers": answers, "num_preemptions": metrics["vllm:num_preemptions"]}
+    is_adaptive = "adaptive" in (scenario["engine"].get("additional_config") or {})
+    return {
+        "answers": answers,
+        "num_preemptions": metrics["vllm:num_preemptions"],
+        "num_accepted": metrics.get("vllm:spec_decode_num_accepted_tokens"),
+        "num_drafts": metrics.get("vllm:spec_decode_num_draft_tokens"),
+        "choices": llm.collective_rpc("count_choices")[0] if is_adaptive else None,
+    }
 
 
 def load(llm: LLM, name: str, generation: int, head: str, config: dict) -> list[str | None]:

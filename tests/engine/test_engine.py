@@ -140,8 +140,11 @@ JUNK = [
 LATER = adaptive(PROMPTS[3])
 LATER["params"]["extra_args"]["adaptive"]["generation"] = 1
 LOGPROBS = [
-    adaptive(PROMPTS[3], logprobs=0, options={"min": 0.1}),
-    adaptive(PROMPTS[4], logprobs=0, options={"head": "seq", "min": 0.1}),
+    adaptive(PROMPTS[3], logprobs=0),
+    adaptive(PROMPTS[4], logprobs=0, options={"head": "seq"}),
+    adaptive(
+        PROMPTS[5], logprobs=0, options={"policy": "constant", "constant": {"temperature": 0}}
+    ),
     ordinary(PROMPTS[2]),
 ]
 
@@ -221,10 +224,33 @@ def assert_aligned(request, answer, model_of, networks):
     hidden, logits = model_of(request["prompt"], answer["token_ids"])
     expected = expect_micros(options, hidden, logits, networks)
     assert answer["micros"] == pytest.approx(expected, abs=20)
-    is_plain = not request["params"].keys() & {"repetition_penalty", "logit_bias"}
+    shaping = {"repetition_penalty", "logit_bias", "allowed_token_ids"}
+    is_plain = not request["params"].keys() & shaping
     for micro, token, row in zip(answer["micros"], answer["token_ids"], logits, strict=True):
         if micro == 0 and is_plain:
             assert token == int(row.argmax())
+
+
+def assert_logprobs(request, answer, model_of):
+    """The log-probability of each token at its own temperature; at 0 it is certain."""
+    _, logits = model_of(request["prompt"], answer["token_ids"])
+    rows = zip(answer["token_ids"], answer["micros"], answer["logprobs"], logits, strict=True)
+    for token, micro, logprobs, row in rows:
+        expected = (row.double() / (micro / 1e6)).log_softmax(-1)[token].item() if micro else 0.0
+        assert logprobs[str(token)] == pytest.approx(expected, abs=2e-3)
+
+
+def assert_phases(request, answer):
+    """Two phases with the markers of words, as told by reading the whole text for every token."""
+    options = Options.from_extra_args(request["params"]["extra_args"])
+    text, is_answer, expected = list(request["prompt"]), False, []
+    for token in answer["token_ids"]:
+        if text[-3:] in (WORDS_MARKER, WORDS_START):
+            is_answer = text[-3:] == WORDS_MARKER
+        expected.append(round(options.parameters[is_answer] * 1e6))
+        text.append(token)
+    assert answer["micros"] == expected
+    assert len(set(expected)) == 2, "the model has not written a marker"
 
 
 def test_every_policy_in_one_batch_is_aligned(serve, model_of, networks):
@@ -260,14 +286,10 @@ def test_choices_survive_preemption(serve, model_of, networks):
 
 
 def test_processed_logprobs_are_those_of_each_tokens_own_temperature(serve, model_of):
-    for request, (answer,) in list(zip(LOGPROBS, serve("processed")["answers"][0], strict=True))[
-        :2
-    ]:
-        _, logits = model_of(request["prompt"], answer["token_ids"])
-        rows = zip(answer["token_ids"], answer["micros"], answer["logprobs"], logits, strict=True)
-        for token, micro, logprobs, row in rows:
-            expected = (row.double() / (micro / 1e6)).log_softmax(-1)[token].item()
-            assert logprobs[str(token)] == pytest.approx(expected, abs=2e-3)
+    *adaptive_ones, _ordinary = zip(LOGPROBS, serve("processed")["answers"][0], strict=True)
+    for request, (answer,) in adaptive_ones:
+        assert_logprobs(request, answer, model_of)
+    assert any(0 in answer["micros"] for _, (answer,) in adaptive_ones)
 
 
 def test_seeded_selection_does_not_depend_on_the_batch(serve):
@@ -293,15 +315,7 @@ def test_two_phases_switch_after_the_marker(serve):
 
 def test_long_markers_are_found_across_preemptions_as_two_phases_switch(serve):
     for request, (answer,) in zip(REWRITTEN, serve("preempting")["answers"][1], strict=True):
-        options = Options.from_extra_args(request["params"]["extra_args"])
-        text, is_answer, expected = list(request["prompt"]), False, []
-        for token in answer["token_ids"]:
-            if text[-3:] in (WORDS_MARKER, WORDS_START):
-                is_answer = text[-3:] == WORDS_MARKER
-            expected.append(round(options.parameters[is_answer] * 1e6))
-            text.append(token)
-        assert answer["micros"] == expected
-        assert len(set(expected)) == 2, "the model has not written a marker"
+        assert_phases(request, answer)
 
 
 def test_wrong_options_cannot_end_the_engine(serve):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB_SIZE = 512
@@ -26,6 +27,25 @@ def make_tiny_model(folder: Path) -> Path:
         eos_token_id=2,
     )
     LlamaForCausalLM(config).float().save_pretrained(folder)
+    return folder
+
+
+def make_tiny_eagle(folder: Path, model: Path) -> Path:
+    """Write a draft model for `make_tiny_model`'s: one layer over its hidden states, untrained."""
+    torch.manual_seed(1)
+    config = LlamaConfig.from_pretrained(model)
+    config.num_hidden_layers = 1
+    # EAGLE takes embedding and LM head from the model, and has no norm before its first layer.
+    weights = {
+        name.removeprefix("model."): tensor.contiguous()
+        for name, tensor in LlamaForCausalLM(config).float().state_dict().items()
+        if "layers" in name and "input_layernorm" not in name
+    }
+    weights["fc.weight"] = torch.randn(HIDDEN_SIZE, 2 * HIDDEN_SIZE) * 0.1
+    folder.mkdir(parents=True)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -4,10 +4,13 @@ Streams and events order work on a device; on the host everything is in order al
 """
 
 import contextlib
+from types import SimpleNamespace
 
 import torch
+import triton.language as tl
 import vllm.v1.worker.gpu.sample.sampler as sampler
-import vllm.v1.worker.gpu.spec_decode.ngram.speculator as ngram
+import vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils as rejection
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -39,43 +42,21 @@ torch.cuda.stream = lambda *args: contextlib.nullcontext()
 sampler.apply_top_k_top_p = lambda logits, k, p: apply_top_k_top_p_pytorch(logits, k, p)
 
 
-
-class _NgramFinalize:
-    """vLLM's kernel that picks the drafts of n-gram speculation, which the interpreter cannot run:
-    it stores under a mask of another type."""
-
-    def __getitem__(self, grid):
-        return self.run
-
-    @staticmethod
-    def run(
-        token_ids,
-        _token_ids_stride,
-        idx_mapping,
-        total_len,
-        num_sampled,
-        last_sampled,
-        scratch,
-        _scratch_stride,
-        drafts,
-        max_len,
-        _num_blocks,
-        num_drafts,
-        *_paddings,
-        **_options,
-    ):
-        for request, slot in enumerate(idx_mapping.tolist()):
-            # Longest match first, then the latest: (length, place) in one number.
-            length, place = divmod(int(scratch[request].max()) - 1, max_len + 1)
-            start = place + length
-            context = token_ids[slot, : int(total_len[slot])]
-            drafts[request] = last_sampled[slot]
-            if int(num_sampled[request]) > 0 and scratch[request].max() > 0:
-                found = context[start : start + num_drafts]
-                drafts[request, : len(found)] = found.long()
+def _to_boolean(mask):
+    # Put together from scalars by a kernel: the interpreter makes an integer of it.
+    return TensorHandle(mask.data.astype(bool), tl.int1)
 
 
-ngram._ngram_finalize_kernel = _NgramFinalize()
+_load, _store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+InterpreterBuilder.create_masked_load = lambda builder, pointers, mask, *args: _load(
+    builder, pointers, _to_boolean(mask), *args
+)
+InterpreterBuilder.create_masked_store = lambda builder, pointers, value, mask, *args: _store(
+    builder, pointers, value, _to_boolean(mask), *args
+)
+
+# A function of CUDA's own library, which is not Python's to call.
+rejection.tldevice = SimpleNamespace(log1p=lambda x: tl.log(x + 1.0))
 
 StockWorker = CPUWorker
 

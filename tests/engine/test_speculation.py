@@ -1,0 +1,101 @@
+"""Drafts of every kind in a real engine: each token has the temperature of its own place."""
+
+import pytest
+
+from tests.engine.test_engine import (
+    LOGPROBS,
+    POLICIES,
+    REWRITTEN,
+    adaptive,
+    assert_aligned,
+    assert_logprobs,
+    assert_phases,
+    model_of,
+    ordinary,
+)
+from tests.engine.tiny_model import make_tiny_eagle
+
+__all__ = ["model_of"]
+
+NUM_DRAFTS = 3
+NUM_TOKENS = 10
+# Prompts that repeat themselves, so that n-grams are found.
+REPEATING = [[5, 9, 14, 3] * 6, [7, 7, 8] * 7, [100, 101] * 9]
+MIXED = [
+    request
+    for prompt, options in zip(REPEATING * 3, POLICIES, strict=False)
+    for request in (adaptive(prompt, options=options, max_tokens=NUM_TOKENS), ordinary(prompt))
+]
+SEQUENCES = [
+    adaptive(prompt, seed=seed, max_tokens=40, options={"head": head})
+    for seed, prompt in enumerate(REPEATING)
+    for head in ("tok", "seq")
+]
+# A model of two words says again and again what it has said. vLLM has no bias beside drafts.
+TWO_WORDS = {"allowed_token_ids": [81, 82]}
+WORDS = [
+    adaptive(prompt, max_tokens=NUM_TOKENS, options=options, **TWO_WORDS)
+    for prompt, options in zip(REPEATING, POLICIES[:3], strict=True)
+]
+PHASES = [
+    request | {"params": request["params"] | {"logit_bias": None} | TWO_WORDS}
+    for request in REWRITTEN[:4]
+]
+SAMPLED = [adaptive(REPEATING[0], seed=4, options={"select": "sample"})]
+METHODS = ("ngram", "draft_model", "eagle")
+
+
+@pytest.fixture(params=METHODS)
+def speculate(request, run_engine, tiny_model, tmp_path_factory):
+    """Runs batches with drafts of one kind."""
+    method = request.param
+    config = {"method": method, "num_speculative_tokens": NUM_DRAFTS}
+    if method == "ngram":
+        config |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    elif method == "draft_model":
+        config |= {"model": str(tiny_model)}
+    else:
+        folder = tmp_path_factory.getbasetemp() / "eagle"
+        draft = folder if folder.exists() else make_tiny_eagle(folder, tiny_model)
+        # Drawn from its distribution, so that its probabilities take part in the verification.
+        config |= {"model": str(draft), "draft_sample_method": "probabilistic"}
+    return lambda batches, **engine: run_engine(
+        "v2", "adaptive", batches, speculative_config=config, **engine
+    )
+
+
+def test_every_policy_in_one_batch_is_aligned(speculate, model_of, networks):
+    result = speculate([MIXED + WORDS, PHASES[:2], SAMPLED])
+    assert 0 < result["num_accepted"] < result["num_drafts"]
+    mixed, rewritten, ((answer,),) = result["answers"]
+    for request, (aligned,) in zip(MIXED + WORDS, mixed, strict=True):
+        assert_aligned(request, aligned, model_of, networks)
+    for request, (phased,) in zip(PHASES, rewritten, strict=False):
+        assert_phases(request, phased)
+    assert len(answer["micros"]) == len(answer["token_ids"]) == 12
+    assert len(set(answer["micros"])) > 1
+    # Once an answer at the sequence level, else once a token: those too that the last step of an
+    # answer has sampled beyond its end.
+    counted = {name: sum(counts.values()) for name, _, counts in result["choices"]}
+    assert counted["seq"] == 2
+    num_tokens = 4 * NUM_TOKENS + 12
+    assert num_tokens <= counted["tok"] <= num_tokens + 5 * NUM_DRAFTS
+
+
+@pytest.mark.parametrize("speculate", ["ngram"], indirect=True)
+def test_choices_phases_and_logprobs_survive_preemption(speculate, model_of, networks):
+    result = speculate(
+        [SEQUENCES, PHASES, LOGPROBS],
+        num_gpu_blocks_override=11,
+        logprobs_mode="processed_logprobs",
+    )
+    assert result["num_preemptions"] > 2
+    sequences, rewritten, logprobs = result["answers"]
+    for request, (answer,) in zip(SEQUENCES, sequences, strict=True):
+        assert_aligned(request, answer, model_of, networks)
+        if request["params"]["extra_args"]["adaptive"]["name"] == "seq":
+            assert len(set(answer["micros"])) == 1
+    for request, (answer,) in zip(PHASES, rewritten, strict=False):
+        assert_phases(request, answer)
+    for request, (answer,) in list(zip(LOGPROBS, logprobs, strict=True))[:-1]:
+        assert_logprobs(request, answer, model_of)
