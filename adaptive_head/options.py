@@ -5,7 +5,7 @@ are known, and the only thing about adaptivity that travels to the engine.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -131,7 +131,8 @@ class Options:
 
     def to_extra_args(self) -> dict[str, Any]:
         """The options as `SamplingParams.extra_args` carries them (plain, msgpack-able)."""
-        values = asdict(self).items()
+        # A frozen dataclass without slots: its fields are its dictionary.
+        values = vars(self).items()
         return {EXTRA_ARGS_KEY: {k: list(v) if isinstance(v, tuple) else v for k, v in values}}
 
     @classmethod

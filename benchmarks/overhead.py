@@ -65,9 +65,7 @@ def main(
 @contextlib.contextmanager
 def start_server() -> Iterator[str]:
     """`adaptive-serve` on a free port, until the block ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_port()
     command = [sys.executable, "-m", "server.cli", "--host", "127.0.0.1", "--port", str(port)]
     server = subprocess.Popen([*command, "--no-enable-prefix-caching"], stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
@@ -80,6 +78,13 @@ def start_server() -> Iterator[str]:
             server.wait(30)
         except subprocess.TimeoutExpired:
             server.kill()
+
+
+def find_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], address: str) -> None:

@@ -2,9 +2,9 @@
 
 import asyncio
 import copy
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from itertools import count
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
@@ -17,6 +17,7 @@ from server.record import RequestRecord, current_record
 from server.report import PromptReport
 
 _ABORT_TIMEOUT_S = 1.0
+_NUMBERS = count()
 
 
 class EngineProxy:
@@ -53,7 +54,7 @@ class EngineProxy:
         if sampling_params.output_kind != RequestOutputKind.FINAL_ONLY:
             return reader.read(engine.generate(prompt, sampling_params, request_id, **kwargs))
         # A client may give several requests one name, and aborting by name would reach them all.
-        request_id = f"{request_id}-{uuid.uuid4().hex[:16]}"
+        request_id = f"{request_id}-{next(_NUMBERS)}"
         outputs = engine.generate(prompt, sampling_params, request_id, **kwargs)
         return reader.read_whole(outputs, engine, request_id)
 

@@ -1,6 +1,7 @@
 """Every metric of the front end, declared once. They stand beside vLLM's own on /metrics."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.utils import floatToGoString
@@ -59,6 +60,8 @@ class AdaptiveMetrics:
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
         self._model = model
+        # By name, level and policy.
+        self._series: dict[tuple[str, str, str], _Series] = {}
         buckets = merge_buckets(head.temperatures for head in heads.values())
         self._temperature = CountedHistogram(
             "adaptive_temperature",
@@ -112,6 +115,7 @@ class AdaptiveMetrics:
 
     def add_head(self, name: str, head: HeadMetadata) -> None:
         """A head serves from now on. Its series start at once, at 0, so that no rise is missed."""
+        self._series.clear()
         labels = self._model, name, head.level
         for histogram in (self._temperature, self._request_temperature):
             # A namesake's buckets may lack its temperatures.
@@ -148,7 +152,7 @@ class AdaptiveMetrics:
 
     def count_request(self, options: Options) -> None:
         """A prompt has been handed to the engine."""
-        self._requests.labels(self._model, options.name, options.level, options.policy).inc()
+        self._find_series(options).requests.inc()
 
     def count_tokens(self, options: Options, num_tokens: Mapping[int, int]) -> None:
         """Tokens have been generated.
@@ -156,13 +160,33 @@ class AdaptiveMetrics:
         Args:
             num_tokens: how many at each temperature, which is in millionths.
         """
-        histogram = self._temperature.labels(self._model, options.name, options.level)
+        histogram = self._find_series(options).temperature
         for micro, count in num_tokens.items():
             histogram.observe_many(micro / MICRO, count)
 
     def count_answer(self, options: Options, mean: float) -> None:
         """A sequence has ended; `mean` is its tokens' mean temperature."""
-        self._request_temperature.labels(self._model, options.name, options.level).observe(mean)
+        self._find_series(options).request_temperature.observe(mean)
+
+    def _find_series(self, options: Options) -> "_Series":
+        key = options.name, options.level, options.policy
+        if (series := self._series.get(key)) is None:
+            labels = self._model, options.name, options.level
+            series = self._series[key] = _Series(
+                self._temperature.labels(*labels),
+                self._request_temperature.labels(*labels),
+                self._requests.labels(*labels, options.policy),
+            )
+        return series
+
+
+@dataclass(frozen=True)
+class _Series:
+    """The series that an answer is counted in; to find them costs more than to count."""
+
+    temperature: CountedHistogram
+    request_temperature: CountedHistogram
+    requests: Counter
 
 
 def merge_buckets(temperatures: Iterable[tuple[float, ...]]) -> tuple[float, ...]:

@@ -36,6 +36,7 @@ from server.shutdown import DRAIN, DrainingClient, Gate, bound_closing, note_end
 logger = init_logger("vllm.adaptive")
 
 RECORDED_PATHS = (CHAT_PATH, COMPLETION_PATH, RESPONSES_PATH)
+HOT_PATHS = frozenset(RECORDED_PATHS)
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
 # vLLM's request handlers by their names in the application's state, and what becomes of them.
 HANDLERS: dict[str, type[Any]] = {
@@ -158,6 +159,8 @@ def extend_lifespan(lifespan: Lifespan, observers: Sequence[Observer]) -> Lifesp
 
     @asynccontextmanager
     async def extended(app: FastAPI) -> AsyncIterator[Any]:
+        # By far the most requests are for these, and routes are tried one after the other.
+        app.router.routes.sort(key=lambda route: getattr(route, "path", None) not in HOT_PATHS)
         async with lifespan(app) as state:
             announce(app.state.adaptive, app.state.args)
             bound_closing(app.state)

@@ -1,5 +1,6 @@
 """Writes temperatures into the chunks of a streamed response."""
 
+import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -8,13 +9,14 @@ import msgspec
 from openai.types.responses import ResponseErrorEvent
 from vllm.logger import init_logger
 
-from server.report import Report
+from server.report import ChoiceReport, Report
 
 logger = init_logger("vllm.adaptive")
 
-_PREFIX = "data: "
-# An unescaped quote cannot occur inside a JSON string, so this is a key with a text value.
+# An unescaped quote cannot occur inside a JSON string, so these are keys: with a text value, and
+# of the first choice with its first key.
 _FINISHED = '"finish_reason":"'
+_CHOICE = re.compile(r'"choices":\[\{"index":(\d+)')
 
 
 async def write_chunks(
@@ -34,26 +36,20 @@ async def write_chunks(
 
 
 def _write_chunk(chunk: str, report: Report, show_tokens: bool) -> str:
-    if not chunk.startswith(_PREFIX + "{"):
-        return chunk
-    content = msgspec.json.decode(chunk[len(_PREFIX) :])
+    # Put in as text: to decode and encode every chunk would cost more than all else that we do.
     # Every chunk of vLLM's has one choice, but for the one with the usage and for errors.
-    is_changed = False
-    for choice in content.get("choices") or ():
-        adaptive = _describe_chunk(choice, report, show_tokens)
-        if adaptive:
-            choice["adaptive"] = adaptive
-            is_changed = True
-    if not is_changed:
+    if (choice := _CHOICE.search(chunk)) is None:
         return chunk
-    return f"{_PREFIX}{msgspec.json.encode(content).decode()}\n\n"
+    adaptive = _describe_chunk(report[int(choice[1])], _FINISHED in chunk, show_tokens)
+    if not adaptive:
+        return chunk
+    text = msgspec.json.encode(adaptive).decode()
+    return f'{chunk[: choice.end()]},"adaptive":{text}{chunk[choice.end() :]}'
 
 
-def _describe_chunk(choice: dict[str, Any], report: Report, show_tokens: bool) -> dict[str, Any]:
-    choice_report = report[choice["index"]]
-    is_finished = choice.get("finish_reason") is not None
-    adaptive = choice_report.describe(show_tokens=False) if is_finished else {}
-    if show_tokens and (temperatures := choice_report.take_ready()):
+def _describe_chunk(choice: ChoiceReport, is_finished: bool, show_tokens: bool) -> dict[str, Any]:
+    adaptive = choice.describe(show_tokens=False) if is_finished else {}
+    if show_tokens and (temperatures := choice.take_ready()):
         adaptive["temperatures"] = temperatures
     return adaptive
 

@@ -1,0 +1,222 @@
+"""Our front end against stock vLLM's: requests per second and latency at saturation.
+
+Two servers run the same engine without a model (`python -m loadtests mock-server`, whose tokens
+come at once), the one with our plugin, the other without. Blocks of the same requests go to them in
+turns, so that whatever else the machine does meets both alike. The servers share one core, of which
+only one has work at a time; the client has another.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import psutil
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.overhead import find_port, wait_until_ready
+from loadtests.ratios import bootstrap_ratio
+
+PROMPT = "Write a short story about a lighthouse keeper who finds a letter."
+STOCK = "stock"
+# What is asked of our server; stock answers the first to each.
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "ordinary": {"temperature": 0.7},
+    "adaptive, no report": {"temperature": "adaptive", "adaptive": {"report": "none"}},
+    "adaptive, summary": {"temperature": "adaptive"},
+    "adaptive, tokens": {"temperature": "adaptive", "adaptive": {"report": "tokens"}},
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Requests of one kind to one server.
+
+    Attributes:
+        requests_per_s: of all connections together.
+        latency_s: median, from a request's first byte to its answer's last.
+        cpu_s: processor seconds of the server's API process, a request.
+    """
+
+    requests_per_s: float
+    latency_s: float
+    cpu_s: float
+
+
+def main(
+    num_pairs: Annotated[int, typer.Option(help="Pairs of blocks.", min=2)] = 20,
+    concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 32,
+    num_requests: Annotated[int, typer.Option(help="Of a block.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+    stream: Annotated[bool, typer.Option(help="Stream the answers.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write every block to this JSON file.")] = None,
+) -> None:
+    """Print the ratios of our front end to stock's as JSON, with 95 % intervals."""
+    cores = sorted(os.sched_getaffinity(0))
+    with start_server(cores[-1], False) as ours, start_server(cores[-1], True) as stock:
+        # Once the servers have been started, which take their cores from here.
+        os.sched_setaffinity(0, {cores[0]})
+        blocks = asyncio.run(
+            measure(ours, stock, num_pairs, concurrency, num_requests, max_tokens, stream)
+        )
+    result: dict[str, Any] = {
+        "num_pairs": num_pairs,
+        "concurrency": concurrency,
+        "max_tokens": max_tokens,
+        "stream": stream,
+        "ratios": {
+            kind: {name: compare(blocks, kind, name) for name in asdict(blocks[0][kind])}
+            for kind in ADAPTIVE
+        },
+    }
+    print(json.dumps(result, indent=1))
+    if out is not None:
+        raw = [{kind: asdict(block) for kind, block in one.items()} for one in blocks]
+        out.write_text(json.dumps({**result, "blocks": raw}, indent=1))
+
+
+def compare(blocks: list[dict[str, Block]], kind: str, measure: str) -> dict[str, Any]:
+    """Ratio of a measure to stock's, with its interval, and the medians of the difference."""
+    pairs = [(getattr(one[kind], measure), getattr(one[STOCK], measure)) for one in blocks]
+    ratio = bootstrap_ratio([ours / stock for ours, stock in pairs], seed=0)
+    return {
+        "ratio": round(ratio.mean, 4),
+        "interval_95": [round(ratio.low, 4), round(ratio.high, 4)],
+        "median_difference": float(f"{np.median([a - b for a, b in pairs]):.3g}"),
+    }
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that runs, and its API process."""
+
+    port: int
+    process: psutil.Process
+
+    def cpu_seconds(self) -> float:
+        """Processor time so far."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+
+@contextlib.contextmanager
+def start_server(core: int, is_stock: bool) -> Iterator[Server]:
+    """A mock server on one core and a free port, until the block ends."""
+    port = find_port()
+    command = [sys.executable, "-m", "loadtests", "mock-server", "--ttft", "0", "--itl", "0"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "1024"]
+    command += ["--disable-uvicorn-access-log", *(["--stock"] if is_stock else [])]
+    process = subprocess.Popen(["taskset", "-c", str(core), *command], stdout=subprocess.DEVNULL)
+    try:
+        wait_until_ready(process, f"http://127.0.0.1:{port}")
+        yield Server(port, psutil.Process(process.pid))
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+async def measure(
+    ours: Server,
+    stock: Server,
+    num_pairs: int,
+    concurrency: int,
+    num_requests: int,
+    max_tokens: int,
+    stream: bool,
+) -> list[dict[str, Block]]:
+    """A block of every kind for each pair, in an order that is drawn anew."""
+    body = {
+        "model": await find_model(ours.port),
+        "messages": [{"role": "user", "content": PROMPT}],
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "stream": stream,
+    }
+    kinds = {STOCK: (stock, body | {"temperature": 0.7})}
+    kinds |= {kind: (ours, body | fields) for kind, fields in ADAPTIVE.items()}
+
+    async def run(kind: str) -> Block:
+        server, content = kinds[kind]
+        return await run_block(server, json.dumps(content).encode(), concurrency, num_requests)
+
+    for kind in kinds:
+        await run(kind)
+    rng = random.Random(0)
+    blocks = []
+    for _ in track(range(num_pairs), "pairs", console=Console(stderr=True)):
+        order = rng.sample(list(kinds), len(kinds))
+        # There and back: a drift within a pair meets every kind alike.
+        there = {kind: await run(kind) for kind in order}
+        back = {kind: await run(kind) for kind in reversed(order)}
+        blocks.append({kind: average(there[kind], back[kind]) for kind in kinds})
+    return blocks
+
+
+def average(first: Block, second: Block) -> Block:
+    """The geometric mean of two blocks."""
+    pairs = zip(asdict(first).items(), asdict(second).values(), strict=True)
+    return Block(**{name: (a * b) ** 0.5 for (name, a), b in pairs})
+
+
+async def run_block(server: Server, body: bytes, concurrency: int, num_requests: int) -> Block:
+    """Every connection asks again as soon as it has its answer."""
+    request = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    ) + body
+    latencies: list[float] = []
+    num_left = num_requests
+
+    async def ask() -> None:
+        nonlocal num_left
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        while num_left > 0:
+            num_left -= 1
+            begin = time.perf_counter()
+            writer.write(request)
+            await read_answer(reader)
+            latencies.append(time.perf_counter() - begin)
+        writer.close()
+
+    cpu, start = server.cpu_seconds(), time.perf_counter()
+    await asyncio.gather(*(ask() for _ in range(concurrency)))
+    seconds = time.perf_counter() - start
+    cpu = server.cpu_seconds() - cpu
+    return Block(num_requests / seconds, float(np.median(latencies)), cpu / num_requests)
+
+
+async def read_answer(reader: asyncio.StreamReader) -> bytes:
+    """The body of a response; cheaper than a client library, which would be the bottleneck."""
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    if not head.startswith(b"http/1.1 200"):
+        raise SystemExit(f"the server answered {head.splitlines()[0].decode()}")
+    _, is_sized, rest = head.partition(b"content-length:")
+    if is_sized:
+        return await reader.readexactly(int(rest.split(b"\r\n", 1)[0]))
+    return await reader.readuntil(b"\r\n0\r\n\r\n")
+
+
+async def find_model(port: int) -> str:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    models = json.loads(await read_answer(reader))
+    writer.close()
+    return str(models["data"][0]["id"])
+
+
+if __name__ == "__main__":
+    typer.run(main)
