@@ -9,7 +9,6 @@ message between the two processes.
 import asyncio
 import heapq
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
@@ -73,7 +72,7 @@ class Answer:
     queued: float = field(default_factory=monotonic)
     started: float = 0.0
     num_sent: int = 0
-    chosen: float | None = None
+    chosen: SamplingMaskLists | None = None
 
 
 class MockCore(EngineCoreClient):
@@ -202,40 +201,47 @@ class MockCore(EngineCoreClient):
                 EngineCoreEvent.new_event(EngineCoreEventType.SCHEDULED, answer.started),
             ]
         if answer.options is not None:
-            micro = round(choose_temperature(answer, answer.options, self._heads, position) * MICRO)
-            output.new_sampling_mask = make_choice(micro)
+            output.new_sampling_mask = self._choose(answer, answer.options, position)
         if answer.params.logprobs is not None:
             output.new_logprobs = make_logprobs(token_id, answer.params.logprobs)
         return output
 
+    def _choose(self, answer: Answer, options: Options, position: int) -> SamplingMaskLists:
+        """A token's temperature as the engine sends it; a head's is drawn at random.
 
-def choose_temperature(
-    answer: Answer, options: Options, heads: Mapping[str, tuple[float, ...]], position: int
-) -> float:
-    """A temperature that these options allow; a head's is drawn at random.
+        A real engine does this elsewhere: what it costs here would pass for the front end's cost.
 
-    Raises:
-        KeyError: the head was not there at the start.
-    """
-    if options.policy == "head":
+        Raises:
+            KeyError: the head was not there at the start.
+        """
+        if options.policy != "head":
+            return make_choice(choose_temperature(answer, options, position), options)
         if answer.chosen is None or options.level == "token":
-            # `choice` takes longer, and what a token costs here passes for the front end's cost.
-            temperatures = heads[options.name]
-            answer.chosen = temperatures[int(answer.rng.random() * len(temperatures))]
-        value = answer.chosen
-    elif options.policy == "schedule":
+            temperatures = self._heads[options.name]
+            drawn = temperatures[int(answer.rng.random() * len(temperatures))]
+            answer.chosen = make_choice(drawn, options)
+        return answer.chosen
+
+
+def choose_temperature(answer: Answer, options: Options, position: int) -> float:
+    """The temperature of a learning-free policy, one that these options allow."""
+    if options.policy == "schedule":
         start, end, num_tokens = options.parameters
-        value = start + (end - start) * min(position / num_tokens, 1.0)
-    elif options.policy == "entropy":
-        value = options.parameters[0] * answer.rng.random()
-    else:
-        value = options.parameters[0]
-    return min(max(value * options.scale, options.min), options.max)
+        return start + (end - start) * min(position / num_tokens, 1.0)
+    if options.policy == "entropy":
+        return options.parameters[0] * answer.rng.random()
+    return options.parameters[0]
+
+
+def make_choice(temperature: float, options: Options) -> SamplingMaskLists:
+    """A temperature within its bounds, as the engine sends it."""
+    bounded = min(max(temperature * options.scale, options.min), options.max)
+    return encode_choice(round(bounded * MICRO))
 
 
 @lru_cache(maxsize=4096)
-def make_choice(micro: int) -> SamplingMaskLists:
-    """A token's temperature as the engine sends it. Made once: a real engine does it elsewhere."""
+def encode_choice(micro: int) -> SamplingMaskLists:
+    """Made once for each temperature, in millionths."""
     choice = ChoiceLists(np.array([micro], np.int32)).slice_request(0, 1)
     assert choice is not None
     return choice

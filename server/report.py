@@ -136,8 +136,7 @@ class PromptReport:
         self._choices = choices
         self._metrics = metrics
         self._head = head
-        self._uncounted: dict[int, int] = {}
-        self._num_uncounted = 0
+        self._uncounted: list[int] = []
 
     def __repr__(self) -> str:
         # vLLM logs a request's parameters, with this among them, where it is asked to.
@@ -154,13 +153,11 @@ class PromptReport:
             assert len(micros) == len(completion.token_ids), "a token came without temperature"
             choice = self._choices[completion.index]
             choice.add(micros)
-            for micro in micros:
-                self._uncounted[micro] = self._uncounted.get(micro, 0) + 1
-            self._num_uncounted += len(micros)
+            self._uncounted += micros
             is_answer = completion.finish_reason not in (None, "abort")
             if is_answer and choice.mean is not None:
                 self._metrics.count_answer(self.options, choice.mean)
-        if self._num_uncounted >= _MAX_UNCOUNTED_TOKENS or output.finished:
+        if len(self._uncounted) >= _MAX_UNCOUNTED_TOKENS or output.finished:
             self.flush()
         if self.detail == "tokens":
             output.outputs = _Outputs(output.outputs, self._choices)
@@ -173,9 +170,8 @@ class PromptReport:
     def flush(self) -> None:
         """Move what has been counted into the metrics."""
         if self._uncounted:
-            self._metrics.count_tokens(self.options, self._uncounted)
-            self._uncounted = {}
-            self._num_uncounted = 0
+            self._metrics.count_tokens(self.options, Counter(self._uncounted))
+            self._uncounted = []
 
 
 class _Outputs(list[CompletionOutput]):

@@ -13,10 +13,11 @@ from server.report import ChoiceReport, Report
 
 logger = init_logger("vllm.adaptive")
 
-# An unescaped quote cannot occur inside a JSON string, so these are keys: with a text value, and
-# of the first choice with its first key.
+# An unescaped quote cannot occur inside a JSON string, so these are keys: one with a text value,
+# and that of the choices with the first key of the first. Every chunk of vLLM's has one choice, but
+# for the one with the usage and for errors, which have none.
 _FINISHED = '"finish_reason":"'
-_CHOICE = re.compile(r'"choices":\[\{"index":(\d+)')
+_CHOICE = re.compile(r'"choices":\[\{"index":(\d+)[,}]')
 
 
 async def write_chunks(
@@ -29,29 +30,35 @@ async def write_chunks(
         show_tokens: whether each chunk lists the temperatures of its tokens; the chunk that ends
             a choice always has its summary.
     """
+    # What a choice's chunks begin with, which is looked for again only where another one's comes.
+    prefix, choice = "", None
     async for chunk in chunks:
-        if show_tokens or _FINISHED in chunk:
-            chunk = _write_chunk(chunk, report, show_tokens)
-        yield chunk
+        is_finished = _FINISHED in chunk
+        if not (show_tokens or is_finished):
+            yield chunk
+            continue
+        if choice is None or not chunk.startswith(prefix):
+            found = _CHOICE.search(chunk)
+            if found is None:
+                yield chunk
+                continue
+            prefix, choice = chunk[: found.end()], report[int(found[1])]
+        if adaptive := _describe_chunk(choice, is_finished, show_tokens):
+            # As text: to decode and encode every chunk would cost more than all else that we do.
+            yield f'{prefix[:-1]},"adaptive":{adaptive}{chunk[len(prefix) - 1 :]}'
+        else:
+            yield chunk
 
 
-def _write_chunk(chunk: str, report: Report, show_tokens: bool) -> str:
-    # Put in as text: to decode and encode every chunk would cost more than all else that we do.
-    # Every chunk of vLLM's has one choice, but for the one with the usage and for errors.
-    if (choice := _CHOICE.search(chunk)) is None:
-        return chunk
-    adaptive = _describe_chunk(report[int(choice[1])], _FINISHED in chunk, show_tokens)
-    if not adaptive:
-        return chunk
-    text = msgspec.json.encode(adaptive).decode()
-    return f'{chunk[: choice.end()]},"adaptive":{text}{chunk[choice.end() :]}'
-
-
-def _describe_chunk(choice: ChoiceReport, is_finished: bool, show_tokens: bool) -> dict[str, Any]:
-    adaptive = choice.describe(show_tokens=False) if is_finished else {}
-    if show_tokens and (temperatures := choice.take_ready()):
-        adaptive["temperatures"] = temperatures
-    return adaptive
+def _describe_chunk(choice: ChoiceReport, is_finished: bool, show_tokens: bool) -> str | None:
+    """The `adaptive` object of a chunk as JSON; None where there is nothing to say."""
+    temperatures = choice.take_ready() if show_tokens else ()
+    if is_finished:
+        adaptive = choice.describe(show_tokens=False)
+        if temperatures:
+            adaptive["temperatures"] = temperatures
+        return msgspec.json.encode(adaptive).decode()
+    return f'{{"temperatures":[{",".join(map(repr, temperatures))}]}}' if temperatures else None
 
 
 async def write_events(
