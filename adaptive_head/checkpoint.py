@@ -134,7 +134,7 @@ def save_head(
         trained=trained,
         training=training,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        git_sha=_git_sha(),
+        git_sha=git_sha(),
         packages=_package_versions(),
     )
     save_file(weights, folder / WEIGHTS_FILE)
@@ -265,7 +265,7 @@ def _check_finite(path: Path, weights: dict[str, torch.Tensor]) -> None:
             raise HeadError(f"{path}: {name} holds NaN or infinity")
 
 
-def _git_sha() -> str | None:
+def git_sha() -> str | None:
     """The commit of the checkout that this runs from, if it is one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
