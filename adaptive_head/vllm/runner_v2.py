@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import get_tp_group
+from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -53,6 +54,14 @@ class AdaptiveRunnerV2(_Stock):
                 "with speculative decoding adaptive temperatures need vLLM's own rejection "
                 f"sampler, found {type(self.rejection_sampler)}"
             )
+        # vLLM gives what is left of the memory to its KV cache, and must know of the heads.
+        with DeviceMemoryProfiler() as memory:
+            selector = self._make_selector(heads)
+        self.model_memory_usage += memory.consumed_memory
+        self.adaptive = AdaptiveTemperature(self.req_states, selector)
+        self.sampler.logits_processors.append(self.adaptive)
+
+    def _make_selector(self, heads: dict[str, LoadedHead]) -> DeviceSelector:
         has_graphs = (
             self.device.type == "cuda"
             and self.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
@@ -71,8 +80,7 @@ class AdaptiveRunnerV2(_Stock):
             is_replicated=get_tp_group().world_size > 1,
         )
         selector.warm_up(self.vocab_size)
-        self.adaptive = AdaptiveTemperature(self.req_states, selector)
-        self.sampler.logits_processors.append(self.adaptive)
+        return selector
 
     @property
     def selector(self) -> DeviceSelector | None:
