@@ -213,15 +213,10 @@ class SlotTable:
         """Whether the slot holds an adaptive request."""
         return bool(self._policy_np[slot] != ORDINARY)
 
-    def has_adaptive(self, slots_np: np.ndarray) -> bool:
-        """Whether any of these slots holds an adaptive request."""
-        return bool((self._policy_np[slots_np] != ORDINARY).any())
-
     def find_present(self, slots_np: np.ndarray) -> list[int]:
         """The indices of what chooses for these slots, in order; the first is ORDINARY where one
         of them holds an ordinary request."""
-        present: list[int] = np.unique(self._policy_np[slots_np]).tolist()
-        return present
+        return sorted(set(self._policy_np[slots_np].tolist()))
 
     def start_phase(self, slot: int, token_ids: list[int]) -> None:
         """Tell a two-phase request what its context already holds: is the thinking over?

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from adaptive_head.head import AdaptiveHead, HeadConfig
 from adaptive_head.options import Options
 from adaptive_head.selector import Step, TemperatureSelector
-from adaptive_head.slots import to_micro
+from adaptive_head.slots import ORDINARY, PolicyIndex, to_micro
 from tests import reference
 
 CPU = torch.device("cpu")
@@ -306,7 +306,7 @@ def selector() -> TemperatureSelector:
 def test_an_ordinary_batch_returns_nothing(selector):
     rows = [add(selector, slot, None) for slot in (0, 3)]
     assert selector.select(make_step(rows)) is None
-    assert not selector.has_adaptive(np.array([0, 3, 5]))
+    assert selector.find_present(np.array([0, 3, 5])) == [ORDINARY]
 
 
 def test_a_selector_without_heads_serves_the_policies():
@@ -357,7 +357,7 @@ def test_ordinary_rows_are_nan_and_may_share_a_slot(selector):
     ordinary, adaptive = add(selector, 0, None), add(selector, 1, make_options())
     chosen = select(selector, ordinary, adaptive, ordinary)
     assert chosen == approximately([math.nan, 0.7, math.nan])
-    assert selector.has_adaptive(np.array([0, 1]))
+    assert selector.find_present(np.array([0, 1])) == [ORDINARY, PolicyIndex.CONSTANT]
 
 
 def test_an_ordinary_request_in_a_recycled_slot_stays_ordinary(selector):

@@ -18,10 +18,16 @@ class SideStream:
     What is queued inside `fork` begins after what the current stream has been given; `join` lets
     the current stream wait for it. Its priority is high: a head is a few small products, which
     would otherwise queue behind every block of the LM head's.
+
+    Attributes:
+        pool: the memory of this stream's CUDA graphs, all heads'. They run one after the other, and
+            what one has chosen is read before the next begins.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        is_cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device, priority=-1) if is_cuda else None
+        self.pool = torch.cuda.graph_pool_handle() if is_cuda else None
         self._is_forked = False
 
     @contextmanager
@@ -99,7 +105,7 @@ class HeadRunner:
         with torch.inference_mode(), stream.fork():
             # The largest first: the smaller ones find room in its pool.
             for num_rows in reversed(graph_sizes(len(buffer))):
-                self._capture(buffer[:num_rows])
+                self._capture(buffer[:num_rows], stream)
         stream.join()
 
     @torch.inference_mode()
@@ -119,14 +125,13 @@ class HeadRunner:
         graph.replay()
         return scores
 
-    def _capture(self, hidden: torch.Tensor) -> None:
+    def _capture(self, hidden: torch.Tensor, stream: SideStream) -> None:
         # Kernels are chosen and workspaces made before, not while, a graph is recorded.
         self._network(hidden)
         graph = torch.cuda.CUDAGraph()
-        pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
         # Not `torch.cuda.graph`, which would collect garbage and wait for the device each time;
         # and of this thread only: another one of vLLM's waits for the outputs of earlier steps.
-        graph.capture_begin(pool, capture_error_mode="thread_local")
+        graph.capture_begin(stream.pool, capture_error_mode="thread_local")
         try:
             scores = self._network(hidden)
         finally:

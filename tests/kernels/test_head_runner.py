@@ -38,9 +38,6 @@ class FakeGraph:
         self.hook.remove()
         self.log.append(f"captured {len(self.output)}")
 
-    def pool(self):
-        return "pool"
-
     def replay(self):
         self.log.append(f"replayed {len(self.output)}")
         self.output.copy_(self.module(*self.inputs))
@@ -55,13 +52,15 @@ def graphs(monkeypatch):
 
 def make_runner(max_rows: int, has_graphs: bool = True) -> tuple[HeadRunner, HiddenRows]:
     rows = HiddenRows(WIDTH, max_rows, torch.float32, CPU, has_graphs)
-    return HeadRunner(HEAD, rows, SideStream(CPU)), rows
+    stream = SideStream(CPU)
+    stream.pool = "pool"
+    return HeadRunner(HEAD, rows, stream), rows
 
 
 def test_a_graph_for_every_power_of_two_up_to_the_largest_step(graphs):
     runner, _ = make_runner(24)
     assert graphs == [f"captured {size}" for size in (32, 16, 8, 4, 2, 1)]
-    assert [graph.shared_pool for graph, _ in runner._graphs.values()] == [None] + ["pool"] * 5
+    assert [graph.shared_pool for graph, _ in runner._graphs.values()] == ["pool"] * 6
     make_runner(24, has_graphs=False)
     assert len(graphs) == 6
 
@@ -124,6 +123,7 @@ def test_the_side_stream_begins_after_the_main_one_which_waits_for_it_once(monke
     monkeypatch.setattr(
         head_runner.torch.cuda, "Stream", lambda device, priority: FakeStream("side", log)
     )
+    monkeypatch.setattr(head_runner.torch.cuda, "graph_pool_handle", lambda: "pool")
     stream = SideStream(torch.device("cuda"))
     stream.join()
     assert log == []
