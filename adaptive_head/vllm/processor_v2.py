@@ -39,7 +39,6 @@ class AdaptiveTemperature(LogitsProcessor):
         # Sequence-level choices of preempted requests, by request id.
         self._parked: dict[str, torch.Tensor] = {}
         self._step: SelectedStep | None = None
-        self._num_rows_done = 0
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         options = read_options(sampling_params, self.selector)
@@ -74,7 +73,6 @@ class AdaptiveTemperature(LogitsProcessor):
             hidden_states: [tokens, d].
         """
         self._step = self.selector.begin(hidden_states, self._describe(input_batch))
-        self._num_rows_done = 0
         try:
             yield
         finally:
@@ -85,19 +83,18 @@ class AdaptiveTemperature(LogitsProcessor):
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         """Scale the adaptive rows of float32 logits [rows, vocabulary] in place.
 
-        vLLM verifies large batches of drafts in parts, one after the other: each call is for the
-        rows that follow those of the last.
+        vLLM verifies large batches of drafts in parts, and does not show those that need nothing.
         """
         if self._step is None:
             return logits
-        first_row = self._num_rows_done
-        self._num_rows_done += logits.shape[0]
+        first_row = self._step.batch.find_row(ctx.idx_mapping_np[0])
+        end_row = first_row + logits.shape[0]
         self._step.join()
         self._step.choose_by_logits(logits, first_row)
         if get_tp_group().world_size > 1:
             # Every rank samples for itself, and all must divide by the same number. Here and not
             # on the side stream: no two collectives of a rank may run at once.
-            get_tp_group().broadcast(self._step.micros[first_row : self._num_rows_done], src=0)
+            get_tp_group().broadcast(self._step.micros[first_row:end_row], src=0)
         scale_logits(logits, self._step.micros, first_row)
         return logits
 
@@ -109,7 +106,6 @@ class AdaptiveTemperature(LogitsProcessor):
         """
         if self._step is None:
             return None
-        assert self._num_rows_done == self._step.batch.num_rows
         self._step.end(num_sampled)
         return ChoiceTensors(self._step.micros, self._step.batch.starts_np)
 

@@ -43,6 +43,7 @@ def verify(
     kind: str,
     method: str,
     num_requests: int,
+    num_plain: int,
     first_token: int,
     target: list[list[float]],
     draft: list[list[float]],
@@ -55,6 +56,8 @@ def verify(
     Args:
         kind: "likely" drafts, as n-gram's, or "drawn" ones, whose probabilities count.
         method: of rejection: "standard" or "block".
+        num_plain: the first requests are ordinary, and ask for nothing that vLLM would have to do
+            to their logits.
         target, draft: logits after each token, for the model and for what drafts.
     """
     vocab_size = len(target)
@@ -80,7 +83,7 @@ def verify(
         states.add_request(str(request), PROMPT_LEN, [0] * PROMPT_LEN, PROMPT_LEN, 8)
         slot = states.req_id_to_index[str(request)]
         params = SamplingParams(seed=request, extra_args=options.to_extra_args())
-        sampler.add_request(slot, params)
+        sampler.add_request(slot, SamplingParams() if request < num_plain else params)
     states.apply_staged_writes()
     sampler.apply_staged_writes()
 
@@ -126,10 +129,12 @@ def verify(
     lists = choices.to_cpu_nonblocking().tolists()
     num_sampled = output.num_sampled.tolist()
     tokens = output.sampled_token_ids.tolist()
-    masks = [lists.slice_request(i, count).to_nested_list() for i, count in enumerate(num_sampled)]
+    slices = [lists.slice_request(i, count) for i, count in enumerate(num_sampled)]
+    assert slices[:num_plain] == [None] * num_plain
+    masks = [choices.to_nested_list() for choices in slices[num_plain:]]
     (counts,) = selector.count_choices()
     return {
-        "tokens": [row[:count] for row, count in zip(tokens, num_sampled, strict=True)],
+        "tokens": [row[:count] for row, count in zip(tokens, num_sampled, strict=True)][num_plain:],
         "micros": [[micro for (micro,) in mask] for mask in masks],
         "counts": list(counts.counts.values()),
     }

@@ -51,6 +51,11 @@ class Batch:
     def num_rows(self) -> int:
         return self.logits_indices.shape[0]
 
+    def find_row(self, slot: int) -> int:
+        """The first row of the request in a slot."""
+        request = int(np.flatnonzero(self.slots_np == slot)[0])
+        return request if self.starts_np is None else int(self.starts_np[request])
+
 
 @dataclass(frozen=True)
 class Choices:
