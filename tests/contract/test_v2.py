@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.sampling_params import SamplingParams
+from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu import model_runner as v2
@@ -23,6 +25,11 @@ from vllm.v1.worker.gpu.sample import gumbel
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 from vllm.v1.worker.gpu.sample.sampler import Sampler as SamplerV2
 from vllm.v1.worker.gpu.sample.states import SamplingStates
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
+    RejectionSampler,
+    _iter_request_chunks,
+)
+from vllm.v1.worker.gpu_worker import Worker
 
 from adaptive_head.options import Options
 from adaptive_head.selector import TemperatureSelector
@@ -179,6 +186,59 @@ def test_v2_dummy_batches_do_not_sample():
     """A rank of a data-parallel engine without requests must not wait in our broadcast."""
     assert "self.sample(" not in source(v2.GPUModelRunner._dummy_run)
     assert "self.sample(" not in source(v2.GPUModelRunner._dummy_sampler_run)
+
+
+def test_v2_verifies_drafts_with_the_samplers_own_stages_and_whole_requests_at_a_time():
+    """Our stage is told which requests a part of the rows belongs to, and drafts keep the slot's
+    temperature: 1, at which they were drawn."""
+    assert_in_order(
+        RejectionSampler._verify,
+        "processed_logits = self.sampler.apply_sampling_params(logits, expanded_idx_mapping,",
+        "idx_mapping_np,",
+        "rejection_sample(processed_logits, draft_logits,",
+        "self.sampler.sampling_states.temperature.gpu,",
+    )
+    assert_in_order(
+        RejectionSampler._verify_in_chunks,
+        "for start, end in request_chunks:",
+        "lo = int(cu_num_logits_np[start])",
+        "input_batch.idx_mapping_np[start:end]",
+    )
+    starts = np.array([0, 4, 5, 9, 13], dtype=np.int32)
+    assert list(_iter_request_chunks(starts, 5)) == [(0, 2), (2, 3), (3, 4)]
+    assert_in_order(
+        v2.GPUModelRunner.load_model, "self.rejection_sampler = ", "RejectionSampler(self.sampler,"
+    )
+    assert_in_order(
+        v2.GPUModelRunner.sample,
+        "input_batch.num_draft_tokens == 0 or self.rejection_sampler is None",
+        "self.sampler(logits, input_batch)",
+        "self.rejection_sampler(",
+    )
+
+
+def test_v2_rows_without_anything_to_process_are_not_shown():
+    assert_in_order(
+        SamplerV2.apply_sampling_params,
+        "if not np.any(self.needs_logits_processing[idx_mapping_np]): return logits",
+        "for processor in self.logits_processors:",
+    )
+
+
+def test_v2_knows_the_memory_of_what_was_loaded_when_it_sizes_its_cache():
+    assert_in_order(
+        v2.GPUModelRunner.load_model, "with DeviceMemoryProfiler() as m:", "m.consumed_memory"
+    )
+    assert "self.model_runner.model_memory_usage" in source(Worker.determine_available_memory)
+    assert "self.consumed_memory" in source(DeviceMemoryProfiler.__exit__)
+
+
+def test_v2_says_how_many_rows_a_step_can_have_and_whether_it_records_graphs():
+    text = source(v2.GPUModelRunner)
+    for name in ("max_num_reqs", "decode_query_len", "vocab_size", "dtype", "device"):
+        assert f"self.{name}=" in text, name
+    assert "self.compilation_config.cudagraph_mode" in text
+    assert CUDAGraphMode.NONE.value == 0
 
 
 def test_the_broadcast_goes_to_all_ranks_that_sample():
