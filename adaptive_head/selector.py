@@ -13,6 +13,7 @@ import torch
 from adaptive_head import policies
 from adaptive_head.head import AdaptiveHead, gumbel_noise, select_argmax, select_sample
 from adaptive_head.slots import MICRO, ORDINARY, Column, PolicyIndex, SlotTable, to_micro
+from adaptive_head.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,12 @@ class Step:
     Attributes:
         slots: int64 [rows], the slot of each row's request; `slots_np` the same on the host.
         hidden: [rows, d], the tensor that enters the LM head, in the model's dtype.
-        logits: float32 [rows, vocabulary], after masks, bias and penalties; not modified.
+        logits: float32 [all rows, vocabulary], after masks, bias and penalties; not modified.
         input_ids: int64 [rows], the token that was fed at each row's position.
         positions: int64 [rows], its position in the sequence.
         prompt_lens: int64 [rows], tokens in the prompt.
         is_ready: bool [rows], False for a row whose prefill is unfinished: it samples nothing.
+        logits_rows: int64 [rows], where these rows' logits are; None where they are all.
     """
 
     slots: torch.Tensor
@@ -37,6 +39,21 @@ class Step:
     positions: torch.Tensor
     prompt_lens: torch.Tensor
     is_ready: torch.Tensor
+    logits_rows: torch.Tensor | None = None
+
+    def take(self, rows: torch.Tensor, rows_np: np.ndarray) -> "Step":
+        """Some of a whole step's rows. The logits, which only one policy reads, stay."""
+        return Step(
+            slots=self.slots[rows],
+            slots_np=self.slots_np[rows_np],
+            hidden=self.hidden[rows],
+            logits=self.logits,
+            input_ids=self.input_ids[rows],
+            positions=self.positions[rows],
+            prompt_lens=self.prompt_lens[rows],
+            is_ready=self.is_ready[rows],
+            logits_rows=rows,
+        )
 
 
 # Temperatures float32 [rows], from a step and its rows of the table of options.
@@ -93,11 +110,12 @@ class TemperatureSelector(SlotTable):
         if len(present) == 1:
             return self._policies[present[0]](step, options)
         temperatures = torch.full((len(options),), torch.nan, device=self.device)
-        policy = self.policies[step.slots]
+        policies_np = self._policy_np[step.slots_np]
         for index in present:
             if index != ORDINARY:
-                chosen = self._policies[index](step, options)
-                temperatures = torch.where(policy == index, chosen, temperatures)
+                rows_np = np.flatnonzero(policies_np == index)
+                rows = upload(rows_np, self.device)
+                temperatures[rows] = self._policies[index](step.take(rows, rows_np), options[rows])
         return temperatures
 
     def _keep_sequence_choice(
@@ -122,16 +140,17 @@ class TemperatureSelector(SlotTable):
                 is_sampled = options[:, Column.IS_SAMPLED] != 0
                 choice = torch.where(is_sampled, select_sample(logits, noise), choice)
             is_new = self.chosen[step.slots].isnan() & step.is_ready
-            is_counted = is_new & (self.policies[step.slots] == index)
-            self.counts[index].index_add_(0, choice, is_counted.long())
+            self.counts[index].index_add_(0, choice, is_new.long())
             return table[choice]
 
         return choose
 
     @staticmethod
     def _entropy(step: Step, options: torch.Tensor) -> torch.Tensor:
+        rows = step.logits_rows
+        logits = step.logits if rows is None else step.logits[rows]
         return policies.entropy_temperature(
-            step.logits, options[:, Column.PARAMETER_0], options[:, Column.PARAMETER_1]
+            logits, options[:, Column.PARAMETER_0], options[:, Column.PARAMETER_1]
         )
 
     @staticmethod

@@ -353,6 +353,23 @@ def test_a_head_that_is_not_loaded_cannot_be_added(selector):
         selector.add(0, make_options("head", "third"), 0)
 
 
+def test_a_head_runs_on_its_own_rows_only():
+    """Else a batch with a head for every request would take their number squared."""
+    heads = {"a": make_constant_head(0.1), "b": make_constant_head(0.9)}
+    num_rows = {"a": [], "b": []}
+    for name, head in heads.items():
+        head.register_forward_pre_hook(
+            lambda _, hidden, name=name: num_rows[name].append(len(hidden[0]))
+        )
+    selector = TemperatureSelector(heads, 4, CPU)
+    names = ["b", "a", None, "b"]
+    rows = [
+        add(selector, slot, name and make_options("head", name)) for slot, name in enumerate(names)
+    ]
+    assert select(selector, *rows) == approximately([0.9, 0.1, math.nan, 0.9])
+    assert num_rows == {"a": [1], "b": [2]}
+
+
 def test_ordinary_rows_are_nan_and_may_share_a_slot(selector):
     ordinary, adaptive = add(selector, 0, None), add(selector, 1, make_options())
     chosen = select(selector, ordinary, adaptive, ordinary)
