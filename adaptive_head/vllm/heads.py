@@ -1,5 +1,6 @@
 """The heads of an engine, loaded and checked against the model that it serves."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,8 @@ from adaptive_head.checkpoint import HeadError, LoadedHead, load_head
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.options import OptionError, Options
 from adaptive_head.slots import SlotTable
+from adaptive_head.vllm import LOADING
+from adaptive_head.vllm.ranks import gather_states
 from adaptive_head.vllm.settings import read_settings
 
 if TYPE_CHECKING:
@@ -76,23 +79,66 @@ class HeadLoader:
     def poll(self, key: tuple[str, int], folder: Path, digest: str) -> LoadedHead | None:
         """Begin to load a head at the first call for its key; the head, or None while it loads.
 
+        Returns the same head until `forget`: other ranks may not have read it yet.
+
         Args:
             digest: that the head must have.
 
         Raises:
-            HeadError: it is damaged, was made for another model, or has another digest.
+            HeadError: it is damaged, was made for another model, or has another digest. The next
+                call begins anew.
         """
         if key not in self._loading:
             self._loading[key] = self._executor.submit(self._verifier.load, folder)
-        if not self._loading[key].done():
+        loading = self._loading[key]
+        if not loading.done():
             return None
-        head = self._loading.pop(key).result()
-        if head.digest != digest:
-            raise HeadError(f"{folder} has changed while it was being loaded")
+        try:
+            head = loading.result()
+            if head.digest != digest:
+                raise HeadError(f"{folder} has changed while it was being loaded")
+        except BaseException:
+            self.forget(key)
+            raise
         return head
 
-    def cancel(self, key: tuple[str, int]) -> None:
-        """Forget a head that may be loading."""
+    def enter(
+        self, table: SlotTable, key: tuple[str, int], folder: Path, digest: str
+    ) -> str | None:
+        """Let a head serve, once all ranks that sample together have loaded it.
+
+        A rank without it would sample its requests as ordinary ones, and take no part in the
+        collectives of the others: all get it between the same two steps, or none does.
+
+        Returns:
+            LOADING, None where it serves, or why it cannot on one of the ranks.
+        """
+
+        def attempt(action: Callable[[], bool]) -> list[str | None]:
+            try:
+                state = None if action() else LOADING
+            except Exception as error:
+                logger.exception("Cannot load head %s", key[0])
+                state = str(error) or repr(error)
+            return gather_states(state)
+
+        def add() -> bool:
+            head = self.poll(key, folder, digest)
+            if head is not None:
+                table.add_head(*key, head.network)
+            return head is not None
+
+        states = attempt(lambda: self.poll(key, folder, digest) is not None)
+        if not any(states):
+            states = attempt(add)
+            if any(states):
+                table.remove_head(*key)
+            self.forget(key)
+        # What is wrong on one rank, before what takes another one its time.
+        return min(filter(None, states), key=lambda state: state == LOADING, default=None)
+
+    def forget(self, key: tuple[str, int]) -> None:
+        """Drop a head that has been loaded, or may be loading."""
         if (loading := self._loading.pop(key, None)) is not None:
             loading.cancel()
 

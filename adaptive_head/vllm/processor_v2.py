@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from vllm.distributed import get_tp_group
 from vllm.sampling_params import SamplingParams
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 from vllm.v1.worker.gpu.states import RequestState
@@ -14,6 +14,7 @@ from adaptive_head.vllm.choices import ChoiceTensors
 from adaptive_head.vllm.compat import check_parameters
 from adaptive_head.vllm.heads import read_options
 from adaptive_head.vllm.kernels import Batch, scale_logits
+from adaptive_head.vllm.ranks import adopt_choices
 from adaptive_head.vllm.selector_v2 import DeviceSelector, SelectedStep
 
 check_parameters(LogitsProcessor.add_request, "self", "req_idx", "sampling_params")
@@ -30,11 +31,15 @@ class AdaptiveTemperature(LogitsProcessor):
 
     Args:
         req_states: the model runner's slots.
+        seeds: vLLM's for these slots, the request's own or a random one.
         selector: with as many slots.
     """
 
-    def __init__(self, req_states: RequestState, selector: DeviceSelector) -> None:
+    def __init__(
+        self, req_states: RequestState, seeds: UvaBackedTensor, selector: DeviceSelector
+    ) -> None:
         self._req_states = req_states
+        self._seeds = seeds
         self.selector = selector
         # Sequence-level choices of preempted requests, by request id.
         self._parked: dict[str, torch.Tensor] = {}
@@ -42,7 +47,9 @@ class AdaptiveTemperature(LogitsProcessor):
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         options = read_options(sampling_params, self.selector)
-        return self.selector.add(req_idx, options, sampling_params.seed)
+        # Not a random one of ours: vLLM draws its own from a stream that must go on alike on all
+        # ranks.
+        return self.selector.add(req_idx, options, int(self._seeds.np[req_idx]))
 
     def apply_staged_writes(self) -> None:
         self.selector.flush()
@@ -91,10 +98,8 @@ class AdaptiveTemperature(LogitsProcessor):
         end_row = first_row + logits.shape[0]
         self._step.join()
         self._step.choose_by_logits(logits, first_row)
-        if get_tp_group().world_size > 1:
-            # Every rank samples for itself, and all must divide by the same number. Here and not
-            # on the side stream: no two collectives of a rank may run at once.
-            get_tp_group().broadcast(self._step.micros[first_row:end_row], src=0)
+        # Here and not on the side stream: no two collectives of a rank may run at once.
+        adopt_choices(self._step.micros[first_row:end_row])
         scale_logits(logits, self._step.micros, first_row)
         return logits
 

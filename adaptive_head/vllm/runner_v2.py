@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm.config.compilation import CUDAGraphMode
-from vllm.distributed import get_tp_group
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -17,6 +16,7 @@ from adaptive_head.checkpoint import LoadedHead
 from adaptive_head.vllm.compat import UnsupportedError, check_parameters
 from adaptive_head.vllm.head_runner import HiddenRows
 from adaptive_head.vllm.processor_v2 import AdaptiveTemperature
+from adaptive_head.vllm.ranks import count_ranks
 from adaptive_head.vllm.selector_v2 import DeviceSelector
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ class AdaptiveRunnerV2(_Stock):
         with DeviceMemoryProfiler() as memory:
             selector = self._make_selector(heads)
         self.model_memory_usage += memory.consumed_memory
-        self.adaptive = AdaptiveTemperature(self.req_states, selector)
+        seeds = self.sampler.sampling_states.seeds
+        self.adaptive = AdaptiveTemperature(self.req_states, seeds, selector)
         self.sampler.logits_processors.append(self.adaptive)
 
     def _make_selector(self, heads: dict[str, LoadedHead]) -> DeviceSelector:
@@ -77,7 +78,7 @@ class AdaptiveRunnerV2(_Stock):
             {name: head.network for name, head in heads.items()},
             self.max_num_reqs,
             rows,
-            is_replicated=get_tp_group().world_size > 1,
+            is_replicated=count_ranks() > 1,
         )
         selector.warm_up(self.vocab_size)
         return selector

@@ -5,11 +5,9 @@ from pathlib import Path
 
 from vllm import __version_tuple__
 from vllm.distributed import get_pp_group
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from adaptive_head.slots import SlotTable
-from adaptive_head.vllm import LOADING
 from adaptive_head.vllm.compat import check_version, refuse_unsupported, refuse_v1
 
 check_version(__version_tuple__)
@@ -21,9 +19,6 @@ if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
-
-
-logger = init_logger(__name__)
 
 
 class AdaptiveWorker(PlatformWorker):
@@ -67,22 +62,15 @@ class AdaptiveWorker(PlatformWorker):
         Returns:
             LOADING, None where the head serves from the next step on, or why it cannot be loaded.
         """
-        try:
-            selector: SlotTable | None = self.model_runner.selector
-            if selector is not None and not selector.has_head(name, generation):
-                head = self._loader.poll((name, generation), Path(folder), digest)
-                if head is None:
-                    return LOADING
-                selector.add_head(name, generation, head.network)
-        except Exception as error:
-            logger.exception("Cannot load head %s", name)
-            return str(error) or repr(error)
-        return None
+        selector: SlotTable | None = self.model_runner.selector
+        if selector is None or selector.has_head(name, generation):
+            return None
+        return self._loader.enter(selector, (name, generation), Path(folder), digest)
 
     def remove_head(self, name: str, generation: int) -> None:
         """Forget a head that no request has any more, or that not every rank could load."""
         if (selector := self.model_runner.selector) is not None:
-            self._loader.cancel((name, generation))
+            self._loader.forget((name, generation))
             selector.remove_head(name, generation)
 
     def count_choices(self) -> list[tuple[str, int, dict[float, int]]] | None:

@@ -22,6 +22,7 @@ WORKERS = {
     ("v1", "stock"): "auto",
     ("v2", "adaptive"): "v2_worker.AdaptiveWorker",
     ("v2", "stock"): "v2_worker.StockWorker",
+    ("v2", "ranks"): "rank_worker.RankWorker",
 }
 
 
@@ -72,7 +73,7 @@ def run_engine(tiny_model, heads, tmp_path_factory):
             "worker_cls": WORKERS[runner, worker],
             **json.loads(engine),
         }
-        if worker == "adaptive":
+        if worker != "stock":
             paths = {name: str(folder) for name, folder in heads.items()}
             config["scheduler_cls"] = SCHEDULER_CLS
             config["additional_config"] = {"adaptive": {"heads": paths}}
@@ -97,6 +98,8 @@ def make_environment(runner: str) -> dict[str, str]:
     environment = os.environ | {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "OMP_NUM_THREADS": "1",
+        # By itself vLLM wants a NUMA node a worker.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         # Everything in one process: each further one imports vLLM anew.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }

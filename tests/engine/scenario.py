@@ -2,7 +2,8 @@
 
 Reads {"engine": {...}, "batches": [[{"prompt": [ids], "params": {...}}]]} from standard input and
 writes to the file named by its argument, a batch at a time, each request's answers. In the place of
-a batch {"load": [name, generation, head]} loads one of the engine's heads again, as `name`.
+a batch {"load": [name, generation, head]} loads one of the engine's heads again, as `name`, and
+{"call": [method, arguments]} calls a method of all workers.
 """
 
 import json
@@ -20,6 +21,10 @@ def run(scenario: dict) -> dict:
     llm = LLM(**scenario["engine"])
     answers = []
     for batch in scenario["batches"]:
+        if isinstance(batch, dict) and "call" in batch:
+            method, *arguments = batch["call"]
+            answers.append(llm.collective_rpc(method, args=arguments))
+            continue
         if isinstance(batch, dict):
             answers.append(load(llm, *batch["load"], scenario["engine"]["additional_config"]))
             continue
@@ -44,9 +49,9 @@ def load(llm: LLM, name: str, generation: int, head: str, config: dict) -> list[
     results = []
     for digest in (wrong, right):
         call = name, generation, folder, digest
-        while (result := llm.collective_rpc("add_head", args=call)[0]) == LOADING:
+        while LOADING in (states := llm.collective_rpc("add_head", args=call)):
             time.sleep(0.01)
-        results.append(result)
+        results.append(next(filter(None, states), None))
     return results
 
 

@@ -75,7 +75,7 @@ def verify(
     )
     rows = HiddenRows(vocab_size, num_requests, torch.float32, CPU, False)
     selector = DeviceSelector({"h": make_head(temperatures, picks)}, num_requests, rows)
-    stage = processor_v2.AdaptiveTemperature(states, selector)
+    stage = processor_v2.AdaptiveTemperature(states, sampler.sampling_states.seeds, selector)
     sampler.logits_processors.append(stage)
     head = SimpleNamespace(level="token")
     options = resolve_options(AdaptiveRequest(), {"h": head}, "h")
@@ -122,7 +122,7 @@ def verify(
     with (
         stage.sampling(hidden, batch),
         mock.patch.object(rejection_sampler, "get_max_chunk_logits", lambda _: max_chunk_rows),
-        mock.patch.object(processor_v2, "get_tp_group", lambda: SimpleNamespace(world_size=1)),
+        mock.patch.object(processor_v2, "adopt_choices", lambda micros: None),
     ):
         output = verifier(torch.tensor(target)[inputs.flatten()], batch, cached)
         choices = stage.take_choices(output.num_sampled)

@@ -60,7 +60,7 @@ class Engines:
     @property
     def loaded(self) -> list[set[tuple[str, int]]]:
         return [
-            {key[1:] for key in worker.selector._policy_index if key[0] == "head"}
+            {key[1:] for key in worker.selector._index if key[0] == "head"}
             for engine in self.workers
             for worker in engine
         ]
@@ -86,6 +86,7 @@ def save(folder):
 def setup(monkeypatch, save, folder):
     """The application, its engines and its metrics; heads `a` (the default) and `b` are loaded."""
     monkeypatch.setattr("adaptive_head.vllm.heads.fingerprint_served", lambda _: FINGERPRINT)
+    monkeypatch.setattr("adaptive_head.vllm.heads.gather_states", lambda state: [state])
     model_config = SimpleNamespace(get_hidden_size=lambda: HIDDEN_SIZE, model="tiny")
     config = SimpleNamespace(model_config=model_config, additional_config={})
     heads = {name: save(name) for name in "ab"}

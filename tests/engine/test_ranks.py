@@ -1,0 +1,115 @@
+"""Engines of several ranks: tensor, pipeline and data parallel, on the CPU.
+
+Of tensor-parallel ranks all but the first are led to other temperatures. What they sample shows
+whether that is mended.
+"""
+
+import pytest
+
+from tests.engine.test_engine import LATER, POLICIES, adaptive, assert_aligned, model_of, ordinary
+from tests.engine.test_speculation import REPEATING
+
+__all__ = ["model_of"]
+
+NUM_TOKENS = 6
+EVERY_POLICY = [
+    adaptive(prompt, options=options, max_tokens=NUM_TOKENS)
+    for prompt, options in zip(REPEATING * 3, POLICIES, strict=False)
+]
+DRAWN = [
+    adaptive(prompt, seed=seed, max_tokens=NUM_TOKENS, options={"head": head, "select": "sample"})
+    for prompt, head, seed in zip(REPEATING, ("tok", "seq", "tok"), (3, None, None), strict=True)
+]
+# One without a seed as well: vLLM gives it the next number of a stream that ranks share.
+MIXED = EVERY_POLICY + DRAWN + [ordinary(REPEATING[0], seed=None, max_tokens=NUM_TOKENS)]
+RECORD = {"call": ["take_record"]}
+LOAD = {"load": ["tok", 1, "seq"]}
+
+
+@pytest.fixture(scope="module")
+def tensor_parallel(run_engine):
+    """Two ranks, with n-grams as drafts where a prompt repeats itself."""
+    alone = [{"call": ["lead_astray", True]}, MIXED, RECORD]
+    return run_engine(
+        "v2",
+        "ranks",
+        [
+            MIXED,
+            RECORD,
+            LOAD,
+            [LATER],
+            RECORD,
+            {"call": ["lead_astray", False]},
+            MIXED,
+            RECORD,
+            *alone,
+        ],
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 2,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 3,
+        },
+    )
+
+
+def assert_all_aligned(requests, answers, model_of, networks):
+    for request, (answer,) in zip(requests, answers, strict=True):
+        extra = request["params"].get("extra_args")
+        if extra is None or extra["adaptive"]["select"] == "argmax":
+            assert_aligned(request, answer, model_of, networks)
+        else:
+            assert len(answer["micros"]) == len(answer["token_ids"]) == NUM_TOKENS
+
+
+def test_tensor_parallel_ranks_sample_the_same(tensor_parallel, model_of, networks):
+    mixed, ranks = tensor_parallel["answers"][:2]
+    assert tensor_parallel["num_drafts"] > 0
+    assert_all_aligned(MIXED, mixed, model_of, networks)
+    assert ranks[0] == ranks[1] and len(ranks[0]["steps"]) >= NUM_TOKENS // 3
+
+
+def test_a_head_that_is_loaded_later_enters_on_all_ranks(tensor_parallel, model_of, networks):
+    (wrong, right), ((later,),), ranks = tensor_parallel["answers"][2:5]
+    assert "has changed" in wrong and right is None
+    assert_aligned(LATER, later, model_of, {"tok": networks["seq"]})
+    assert ranks[0] == ranks[1] and sorted(ranks[0]["heads"]) == [0, 0, 1]
+
+
+def test_ranks_that_would_choose_otherwise_adopt_the_first_ones_choice(
+    tensor_parallel, model_of, networks
+):
+    mixed, ranks = tensor_parallel["answers"][6:8]
+    assert_all_aligned(MIXED, mixed, model_of, networks)
+    assert ranks[0] == ranks[1]
+
+
+def test_without_the_broadcast_ranks_sample_different_tokens(tensor_parallel, model_of, networks):
+    """The tests above would notice."""
+    mixed, ranks = tensor_parallel["answers"][9:]
+    assert ranks[0]["steps"][0][1] != ranks[1]["steps"][0][1]
+    assert [tokens for tokens, _ in ranks[0]["steps"]] != [
+        tokens for tokens, _ in ranks[1]["steps"]
+    ]
+    with pytest.raises(AssertionError):
+        assert_all_aligned(MIXED, mixed, model_of, networks)
+
+
+def test_of_pipeline_parallel_ranks_the_last_one_chooses(run_engine, model_of, networks):
+    result = run_engine(
+        "v2",
+        "ranks",
+        [MIXED, RECORD, LOAD, [LATER], {"call": ["remove_head", "tok", 1]}, RECORD],
+        pipeline_parallel_size=2,
+        distributed_executor_backend="mp",
+    )
+    mixed, (first, last), (wrong, right), ((later,),), removed, after = result["answers"]
+    assert_all_aligned(MIXED, mixed, model_of, networks)
+    assert first == {"steps": [], "chosen": None, "heads": None}
+    assert len(last["steps"]) >= NUM_TOKENS
+    assert "has changed" in wrong and right is None
+    assert_aligned(LATER, later, model_of, {"tok": networks["seq"]})
+    assert removed == [None, None]
+    assert [record["heads"] for record in after] == [None, [0, 0]]
