@@ -162,7 +162,8 @@ def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
     if settings.adaptive_by_default and not settings.heads:
         raise ValueError("--adaptive-default needs a --head")
     has_api = not args.headless
-    if has_api and read_admin_key(settings.heads_dir, args.api_server_count or 1) is not None:
+    num_api_processes = args.api_server_count or 1
+    if has_api and read_admin_key(settings.heads_dir, num_api_processes, args.enable_elastic_ep):
         # vLLM's default is one API process a data-parallel replica.
         args.api_server_count = 1
     check_heads(settings, Path(args.model_tag))

@@ -86,7 +86,10 @@ class AdaptiveEndpoints:
         served_names = tuple(path.name for path in state.openai_serving_models.base_model_paths)
         tokenizer = getattr(engine_client.renderer, "tokenizer", None)
         metrics = AdaptiveMetrics(served_names[0], metadata)
-        admin_key = read_admin_key(settings.heads_dir, config.parallel_config._api_process_count)
+        parallel = config.parallel_config
+        admin_key = read_admin_key(
+            settings.heads_dir, parallel._api_process_count, parallel.enable_elastic_ep
+        )
         control = None
         if admin_key is not None and settings.heads_dir is not None:
             control = HeadControl(engine_client, heads, metrics, settings.heads_dir, admin_key)

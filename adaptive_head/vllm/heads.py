@@ -29,12 +29,20 @@ def load_heads(config: "VllmConfig") -> dict[str, LoadedHead]:
     """Load every head that the configuration names.
 
     Raises:
-        HeadError: a head is damaged, or was made for another model.
+        HeadError: a head is damaged, was made for another model, or is another one on a rank that
+            samples together with this one.
         ValueError: the settings are wrong, see `read_settings`.
     """
     settings = read_settings(config.additional_config)
     verifier = HeadVerifier(config)
-    return {name: verifier.load(folder) for name, folder in settings.heads.items()}
+    heads = {name: verifier.load(folder) for name, folder in settings.heads.items()}
+    # Ranks on several machines read folders, and maybe command lines, of their own.
+    digests = {name: head.digest for name, head in heads.items()}
+    found = gather_states(digests)
+    for name in sorted({name for other in found for name in other}):
+        if len({other.get(name) for other in found}) > 1:
+            raise HeadError(f"head {name} is not the same on all ranks: compare its files")
+    return heads
 
 
 class HeadVerifier:

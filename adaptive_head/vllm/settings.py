@@ -78,11 +78,15 @@ def check_head_name(name: str) -> None:
         raise ValueError(f"a head cannot be named {name!r}, which is a policy")
 
 
-def read_admin_key(heads_dir: Path | None, num_api_processes: int) -> str | None:
+def read_admin_key(heads_dir: Path | None, num_api_processes: int, is_elastic: bool) -> str | None:
     """The key that changes heads must show, from the environment; None where that is off.
 
+    Args:
+        is_elastic: whether engines may join while the server runs.
+
     Raises:
-        ValueError: of the key, the folder and one API process something is missing.
+        ValueError: of the key, the folder and one API process something is missing, or engines
+            may join.
     """
     key = os.environ.get(ADMIN_KEY_VARIABLE) or None
     if (key is None) != (heads_dir is None):
@@ -98,5 +102,10 @@ def read_admin_key(heads_dir: Path | None, num_api_processes: int) -> str | None
         raise ValueError(
             "changing heads while the server runs works with --api-server-count 1 only: the "
             "other API processes would not hear of it"
+        )
+    if key is not None and is_elastic:
+        raise ValueError(
+            "changing heads while the server runs does not work with --enable-elastic-ep: an "
+            "engine that joins would have the heads of the command line only"
         )
     return key

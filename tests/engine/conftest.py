@@ -59,39 +59,50 @@ def run_engine(tiny_model, heads, tmp_path_factory):
 
     @cache
     def run(runner: str, worker: str, batches: str, engine: str) -> dict:
-        config = {
-            "model": str(tiny_model),
-            "skip_tokenizer_init": True,
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_model_len": 256,
-            "max_num_seqs": 16,
-            "block_size": 32,
-            "kv_cache_memory_bytes": 1 << 26,
-            "disable_log_stats": False,
-            "distributed_executor_backend": "uni",
-            "worker_cls": WORKERS[runner, worker],
-            **json.loads(engine),
-        }
-        if worker != "stock":
-            paths = {name: str(folder) for name, folder in heads.items()}
-            config["scheduler_cls"] = SCHEDULER_CLS
-            config["additional_config"] = {"adaptive": {"heads": paths}}
+        config = make_config(tiny_model, heads, runner, worker) | json.loads(engine)
         result = tmp_path_factory.mktemp("result") / "result.json"
-        process = subprocess.run(
-            [sys.executable, "-m", "tests.engine.scenario", str(result)],
-            input=json.dumps({"engine": config, "batches": json.loads(batches)}),
-            env=make_environment(runner),
-            cwd=ROOT,
-            text=True,
-            capture_output=True,
-        )
-        assert process.returncode == 0, find_cause(process.stderr)
-        return json.loads(result.read_text())
+        scenario = {"engine": config, "batches": json.loads(batches)}
+        return run_module("tests.engine.scenario", runner, scenario, result)
 
     return lambda runner, worker, batches, **engine: run(
         runner, worker, json.dumps(batches), json.dumps(engine)
     )
+
+
+def make_config(model: Path, heads: dict[str, Path], runner: str, worker: str) -> dict:
+    """The arguments of an engine: a single process, until others replace that."""
+    config = {
+        "model": str(model),
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_seqs": 16,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 1 << 26,
+        "disable_log_stats": False,
+        "distributed_executor_backend": "uni",
+        "worker_cls": WORKERS[runner, worker],
+    }
+    if worker != "stock":
+        paths = {name: str(folder) for name, folder in heads.items()}
+        config["scheduler_cls"] = SCHEDULER_CLS
+        config["additional_config"] = {"adaptive": {"heads": paths}}
+    return config
+
+
+def run_module(module: str, runner: str, scenario: dict, result: Path) -> dict:
+    """Run a scenario in a process of its own; what it has written."""
+    process = subprocess.run(
+        [sys.executable, "-m", module, str(result)],
+        input=json.dumps(scenario),
+        env=make_environment(runner),
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
+    assert process.returncode == 0, find_cause(process.stderr)
+    return json.loads(result.read_text())
 
 
 def make_environment(runner: str) -> dict[str, str]:

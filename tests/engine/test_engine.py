@@ -159,6 +159,8 @@ BATCHES = {
         [*JUNK, SAMPLED],
         {"load": ["tok", 1, "seq"]},
         [LATER, SAMPLED],
+        {"call": ["reload_weights"]},
+        [LATER, SAMPLED],
     ],
     "chunked": [CONSTRAINED, list(PHASES.values())],
     "preempting": [PREEMPTED, REWRITTEN],
@@ -331,3 +333,8 @@ def test_a_head_that_is_loaded_later_serves_beside_its_namesake(serve, model_of,
     (later,), (sampled,) = answers[7]
     assert_aligned(LATER, later, model_of, {"tok": networks["seq"]})
     assert sampled["micros"] == answers[2][0][0]["micros"]
+
+
+def test_heads_survive_a_reload_of_the_weights(serve):
+    before, reloaded, after = serve("plain")["answers"][7:]
+    assert reloaded == [None] and after == before

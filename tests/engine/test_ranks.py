@@ -6,6 +6,7 @@ whether that is mended.
 
 import pytest
 
+from tests.engine.conftest import make_config, run_module
 from tests.engine.test_engine import LATER, POLICIES, adaptive, assert_aligned, model_of, ordinary
 from tests.engine.test_speculation import REPEATING
 
@@ -22,6 +23,8 @@ DRAWN = [
 ]
 # One without a seed as well: vLLM gives it the next number of a stream that ranks share.
 MIXED = EVERY_POLICY + DRAWN + [ordinary(REPEATING[0], seed=None, max_tokens=NUM_TOKENS)]
+# By the hidden state, once and for every token; by the logits; by seeds; and vLLM's own.
+FEW = [EVERY_POLICY[i] for i in (0, 1, 3)] + DRAWN[1:] + MIXED[-1:]
 RECORD = {"call": ["take_record"]}
 LOAD = {"load": ["tok", 1, "seq"]}
 
@@ -29,21 +32,12 @@ LOAD = {"load": ["tok", 1, "seq"]}
 @pytest.fixture(scope="module")
 def tensor_parallel(run_engine):
     """Two ranks, with n-grams as drafts where a prompt repeats itself."""
-    alone = [{"call": ["lead_astray", True]}, MIXED, RECORD]
+    mended = [{"call": ["lead_astray", False]}, FEW, RECORD]
+    alone = [{"call": ["lead_astray", True]}, FEW, RECORD]
     return run_engine(
         "v2",
         "ranks",
-        [
-            MIXED,
-            RECORD,
-            LOAD,
-            [LATER],
-            RECORD,
-            {"call": ["lead_astray", False]},
-            MIXED,
-            RECORD,
-            *alone,
-        ],
+        [MIXED, RECORD, LOAD, [LATER], RECORD, *mended, *alone],
         tensor_parallel_size=2,
         distributed_executor_backend="mp",
         speculative_config={
@@ -81,20 +75,20 @@ def test_a_head_that_is_loaded_later_enters_on_all_ranks(tensor_parallel, model_
 def test_ranks_that_would_choose_otherwise_adopt_the_first_ones_choice(
     tensor_parallel, model_of, networks
 ):
-    mixed, ranks = tensor_parallel["answers"][6:8]
-    assert_all_aligned(MIXED, mixed, model_of, networks)
+    few, ranks = tensor_parallel["answers"][6:8]
+    assert_all_aligned(FEW, few, model_of, networks)
     assert ranks[0] == ranks[1]
 
 
 def test_without_the_broadcast_ranks_sample_different_tokens(tensor_parallel, model_of, networks):
     """The tests above would notice."""
-    mixed, ranks = tensor_parallel["answers"][9:]
+    few, ranks = tensor_parallel["answers"][9:]
     assert ranks[0]["steps"][0][1] != ranks[1]["steps"][0][1]
     assert [tokens for tokens, _ in ranks[0]["steps"]] != [
         tokens for tokens, _ in ranks[1]["steps"]
     ]
     with pytest.raises(AssertionError):
-        assert_all_aligned(MIXED, mixed, model_of, networks)
+        assert_all_aligned(FEW, few, model_of, networks)
 
 
 def test_of_pipeline_parallel_ranks_the_last_one_chooses(run_engine, model_of, networks):
@@ -113,3 +107,22 @@ def test_of_pipeline_parallel_ranks_the_last_one_chooses(run_engine, model_of, n
     assert_aligned(LATER, later, model_of, {"tok": networks["seq"]})
     assert removed == [None, None]
     assert [record["heads"] for record in after] == [None, [0, 0]]
+
+
+def test_data_parallel_engines_each_choose_and_all_get_a_head_that_is_loaded_later(
+    tiny_model, heads, tmp_path, model_of, networks
+):
+    requests = EVERY_POLICY + DRAWN[:1]
+    later = adaptive(REPEATING[0], max_tokens=NUM_TOKENS, options={"head": "seq"})
+    options = later["params"]["extra_args"]["adaptive"] | {"name": "later", "generation": 1}
+    later["params"]["extra_args"] = {"adaptive": options}
+    config = make_config(tiny_model, heads, "v1", "adaptive") | {"data_parallel_size": 2}
+    scenario = {"engine": config, "requests": requests, "later": later, "folder": str(heads["seq"])}
+    result = run_module("tests.engine.replicas", "v1", scenario, tmp_path / "result.json")
+    for answers in result["before"]:
+        assert_all_aligned(requests, [[answer] for answer in answers], model_of, networks)
+    first, second = ([answer["micros"] for answer in answers] for answers in result["before"])
+    assert first[-1] == second[-1], "the same seed draws otherwise in another engine"
+    assert result["loaded"] == [[["tok", 0], ["seq", 0], ["later", 1]]] * 2
+    for (answer,) in result["after"]:
+        assert_aligned(later, answer, model_of, {"later": networks["seq"]})

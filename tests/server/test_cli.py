@@ -170,6 +170,8 @@ def test_half_of_what_changing_heads_needs_is_refused(
     assert "not a folder" in refusal(model, f"--heads-dir={heads / 'gone'}")
     several = refusal(model, f"--heads-dir={heads}", "--api-server-count=2")
     assert "--api-server-count 1" in several
+    elastic = refusal(model, f"--heads-dir={heads}", "--enable-elastic-ep")
+    assert "does not work with --enable-elastic-ep" in elastic
     monkeypatch.setenv("ADAPTIVE_ADMIN_KEY", "schlüssel")
     assert "ASCII" in refusal(model, f"--heads-dir={heads}")
     monkeypatch.delenv("ADAPTIVE_ADMIN_KEY")
