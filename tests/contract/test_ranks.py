@@ -16,6 +16,7 @@ from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 from vllm.distributed.device_communicators.pynccl_wrapper import ncclDataTypeEnum
 from vllm.distributed.elastic_ep.elastic_execute import ElasticEPScalingExecutor
 from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.gpu import model_runner as v2
 from vllm.v1.worker.gpu.pcp_manager import PCPManager
 from vllm.v1.worker.gpu.sample.sampler import Sampler
@@ -297,6 +298,9 @@ def test_sleep_and_reload_touch_vllms_pools_and_the_model_only():
     assert_in_order(Worker.sleep, "model.named_buffers()", "self.sleep_mode_backend.suspend(level)")
     assert_in_order(CuMemBackend.suspend, "allocator.sleep(offload_tags=offload_tags)")
     assert_in_order(CuMemBackend.resume, "allocator.wake_up(tags)")
+    # A request that waits meanwhile is preempted: its keys and values are gone.
+    assert_in_order(EngineCore._finish_pause, "if clear_cache:", "self._reset_caches()")
+    assert "reset_running_requests:bool=True" in source(EngineCore._reset_caches)
     assert_in_order(Worker.reload_weights, "self.model_runner.reload_weights(")
     assert_in_order(v2.GPUModelRunner.reload_weights, "model = self.get_model()", "reload_weights(")
     assert "self.sampler" not in source(v2.GPUModelRunner.reload_weights)
