@@ -111,6 +111,7 @@ def make_environment(runner: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         # By itself vLLM wants a NUMA node a worker.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "RAY_USAGE_STATS_ENABLED": "0",
         # Everything in one process: each further one imports vLLM anew.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }

@@ -95,18 +95,30 @@ def test_of_pipeline_parallel_ranks_the_last_one_chooses(run_engine, model_of, n
     result = run_engine(
         "v2",
         "ranks",
-        [MIXED, RECORD, LOAD, [LATER], {"call": ["remove_head", "tok", 1]}, RECORD],
+        [FEW, RECORD, LOAD, [LATER], {"call": ["remove_head", "tok", 1]}, RECORD],
         pipeline_parallel_size=2,
         distributed_executor_backend="mp",
     )
-    mixed, (first, last), (wrong, right), ((later,),), removed, after = result["answers"]
-    assert_all_aligned(MIXED, mixed, model_of, networks)
+    few, (first, last), (wrong, right), ((later,),), removed, after = result["answers"]
+    assert_all_aligned(FEW, few, model_of, networks)
     assert first == {"steps": [], "chosen": None, "heads": None}
     assert len(last["steps"]) >= NUM_TOKENS
     assert "has changed" in wrong and right is None
     assert_aligned(LATER, later, model_of, {"tok": networks["seq"]})
     assert removed == [None, None]
     assert [record["heads"] for record in after] == [None, [0, 0]]
+
+
+def test_rays_executor_takes_our_worker(tiny_model, heads, tmp_path, model_of, networks):
+    config = make_config(tiny_model, heads, "v2", "ranks") | {
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "ray",
+    }
+    scenario = {"engine": config, "batches": [FEW, RECORD]}
+    result = run_module("tests.engine.ray_scenario", "v2", scenario, tmp_path / "result.json")
+    few, ranks = result["answers"]
+    assert_all_aligned(FEW, few, model_of, networks)
+    assert ranks[0] == ranks[1] and len(ranks[0]["steps"]) >= NUM_TOKENS
 
 
 def test_data_parallel_engines_each_choose_and_all_get_a_head_that_is_loaded_later(
