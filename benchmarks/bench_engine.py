@@ -3,8 +3,8 @@
 import gc
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,8 +29,6 @@ MIXED = "mixed"
 POLICIES = ("entropy", "schedule", "constant")
 ARMS = (STOCK, ORDINARY, AGAIN, ADAPTIVE, MIXED)
 FIXED_TEMPERATURE = 0.7
-# That so many choices are all alike shows that no head has chosen them.
-MANY_CHOICES = 64
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,10 @@ class Run:
     ttft_s: float
     tpot_s: float
     tokens_per_s: float
+
+
+# New tokens of a request: its id, how many, and their temperatures in millionths.
+Answer = tuple[str, int, list[int] | None]
 
 
 class Arms(Protocol):
@@ -119,17 +121,32 @@ class BenchEngine:
 
         Raises:
             RuntimeError: a token came without a temperature that should have had one, or the other
-                way round, or many choices of the heads are all the same.
+                way round, or the heads have not chosen as often as they should.
         """
-        if arm == STOCK:
-            with self._stock():
-                return self._run(arm, batch, prompt_len, num_tokens)
-        return self._run(arm, batch, prompt_len, num_tokens)
-
-    def _run(self, arm: str, batch: int, prompt_len: int, num_tokens: int) -> Run:
         wanted = self._add_requests(arm, batch, prompt_len, num_tokens)
+        before = sum(self.count_choices().values())
+        with self._stock() if arm == STOCK else nullcontext():
+            run, answers = self._run(wanted, num_tokens)
+        check_answers(arm, answers, wanted, num_tokens)
+        num_chosen = sum(self.count_choices().values()) - before
+        num_wanted = count_head_choices(wanted, num_tokens)
+        # With speculation an answer's last step may accept more than it still has room for.
+        if num_chosen < num_wanted or bool(num_chosen) != bool(num_wanted):
+            raise RuntimeError(f"{arm}: heads have chosen {num_chosen} times, not {num_wanted}")
+        return run
+
+    def count_choices(self) -> dict[float, int]:
+        """How often the heads have chosen each temperature since the engine started."""
+        totals: dict[float, int] = {}
+        for heads in self._ask_workers("count_choices")[-1:]:
+            for _name, _generation, counts in heads or ():
+                for temperature, count in counts.items():
+                    totals[temperature] = totals.get(temperature, 0) + count
+        return totals
+
+    def _run(self, wanted: dict[str, Options | None], num_tokens: int) -> tuple[Run, list[Answer]]:
         waiting = set(wanted)
-        answers: list[tuple[str, int, list[int] | None]] = []
+        answers: list[Answer] = []
         with _no_garbage_collection():
             start = first = time.perf_counter()
             while self._engine.has_unfinished_requests():
@@ -142,10 +159,8 @@ class BenchEngine:
                         first = first if waiting else time.perf_counter()
             end = time.perf_counter()
         self._drain()
-        check_answers(arm, answers, wanted, num_tokens)
-        return Run(
-            first - start, (end - first) / (num_tokens - 1), batch * num_tokens / (end - start)
-        )
+        tpot_s = (end - first) / (num_tokens - 1)
+        return Run(first - start, tpot_s, len(wanted) * num_tokens / (end - start)), answers
 
     def _add_requests(
         self, arm: str, batch: int, prompt_len: int, num_tokens: int
@@ -214,30 +229,26 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def check_answers(
     arm: str,
-    answers: list[tuple[str, int, list[int] | None]],
-    wanted: dict[str, Options | None],
+    answers: Sequence[Answer],
+    wanted: Mapping[str, Options | None],
     num_tokens: int,
 ) -> None:
-    """Were the requests answered as the arm says? Raises RuntimeError if not.
-
-    Args:
-        answers: request id, number of tokens, and their temperatures in millionths, as they came.
-    """
+    """Were the requests answered as the arm says? Raises RuntimeError if not."""
     num_seen = dict.fromkeys(wanted, 0)
-    temperatures: set[int] = set()
     for request_id, num_new, micros in answers:
         num_seen[request_id] += num_new
         if wanted[request_id] is None and micros is not None:
             raise RuntimeError(f"{arm}: an ordinary token came with a temperature")
         if wanted[request_id] is not None and len(micros or ()) != num_new:
             raise RuntimeError(f"{arm}: an adaptive token came without its temperature")
-        temperatures.update(micros or ())
     if set(num_seen.values()) != {num_tokens}:
         raise RuntimeError(f"{arm}: an answer has not {num_tokens} tokens")
-    num_choices = sum(
+
+
+def count_head_choices(wanted: Mapping[str, Options | None], num_tokens: int) -> int:
+    """How often heads choose for these requests: once a token, or once an answer."""
+    return sum(
         1 if options.level == "sequence" else num_tokens
         for options in wanted.values()
         if options is not None and options.policy == "head"
     )
-    if num_choices > MANY_CHOICES and len(temperatures) < 2:
-        raise RuntimeError(f"{arm}: all {num_choices} choices of the heads are the same")

@@ -133,6 +133,7 @@ def main(
         runs: dict[int, list[dict[str, Run]]] = {}
         for size in batches:
             runs[size] = measure(engine, names, size, prompt_len, num_tokens, num_pairs)
+            result["choices"] = engine.count_choices()
             result["arms"] = describe_arms(runs, names)
             result["ratios"] = compare(runs, names)
             if out is not None:

@@ -1,5 +1,6 @@
 """The clock, and the controls that end a benchmark whose arms are not what they should be."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,7 @@ class FakeEngine:
 
     def __init__(self, steps):
         self._steps = list(steps)
+        self.mask = None
         self.now = 100.0
 
     def perf_counter(self):
@@ -43,14 +45,26 @@ class FakeEngine:
         return [
             SimpleNamespace(
                 request_id=request_id,
-                outputs=[SimpleNamespace(token_ids=[7] * num_new, sampling_mask=None)],
+                outputs=[SimpleNamespace(token_ids=[7] * num_new, sampling_mask=self.mask)],
             )
             for request_id, num_new in self._steps.pop(0).items()
         ]
 
 
-def make_bench(fake, monkeypatch):
-    bench = BenchEngine.__new__(BenchEngine)
+class CountedEngine(BenchEngine):
+    """Its heads have chosen what `counts` says, from one look to the next."""
+
+    def __init__(self):
+        self.counts = itertools.repeat({})
+
+    def count_choices(self):
+        return next(self.counts)
+
+
+def make_bench(fake, monkeypatch, temperatures=False):
+    bench = CountedEngine()
+    if temperatures:
+        fake.mask = SimpleNamespace(token_ids=[[700_000]] * 4)
     scheduler = SimpleNamespace(has_requests=lambda: False)
     bench._engine = fake
     bench._core = SimpleNamespace(scheduler=scheduler, batch_queue=None)
@@ -113,16 +127,22 @@ def test_right_answers_pass():
     check_answers("an arm", answers, wanted, 4)
 
 
-@pytest.mark.parametrize(
-    ("level", "num_requests", "is_refused"),
-    [("token", 1, False), ("token", 17, True), ("sequence", 17, False), ("sequence", 65, True)],
-)
-def test_heads_that_choose_one_temperature_only_end_it(level, num_requests, is_refused):
-    """A few choices may well be the same, and an answer of the sequence level is but one."""
-    wanted = {str(index): head_options(level) for index in range(num_requests)}
-    answers = [(request_id, 4, [500_000] * 4) for request_id in wanted]
-    if is_refused:
-        with pytest.raises(RuntimeError, match="choices of the heads are the same"):
-            check_answers("an arm", answers, wanted, 4)
+@pytest.mark.parametrize(("level", "num_wanted"), [("token", 8), ("sequence", 2)])
+@pytest.mark.parametrize("difference", [-1, 0, 1])
+def test_the_heads_must_have_chosen(monkeypatch, level, num_wanted, difference):
+    """More than the answer has room for may come of speculation, fewer of nothing good."""
+    bench = make_bench(FakeEngine([{"0": 4, "1": 4}]), monkeypatch, temperatures=True)
+    bench._head_options = [head_options(level)]
+    bench.counts = iter([{0.0: 3, 1.0: 2}, {0.0: 3, 1.0: 2 + num_wanted + difference}])
+    if difference < 0:
+        with pytest.raises(RuntimeError, match=f"not {num_wanted}"):
+            bench.run(ADAPTIVE, 2, prompt_len=4, num_tokens=4)
     else:
-        check_answers("an arm", answers, wanted, 4)
+        assert bench.run(ADAPTIVE, 2, prompt_len=4, num_tokens=4)
+
+
+def test_where_nobody_asks_a_head_none_may_choose(monkeypatch):
+    bench = make_bench(FakeEngine([{"0": 4}]), monkeypatch)
+    bench.counts = iter([{0.0: 0}, {0.0: 1}])
+    with pytest.raises(RuntimeError, match="chosen 1 times, not 0"):
+        bench.run(ORDINARY, 1, prompt_len=4, num_tokens=4)
