@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TextIO
 
 import torch
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import track
 from vllm.config import VllmConfig
@@ -193,7 +194,10 @@ def refusing(*errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        raise typer.BadParameter(str(error)) from error
+        message = str(error)
+        if isinstance(error, ValidationError):
+            message = "; ".join(one["msg"] for one in error.errors())
+        raise typer.BadParameter(message) from error
 
 
 def take_stdout() -> TextIO:
