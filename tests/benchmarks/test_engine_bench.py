@@ -46,8 +46,10 @@ def test_results_are_alone_on_the_standard_output(short_run):
     assert (result["config"], result["model_runner"], result["num_heads"]) == ("tiny", "V1", 2)
     assert result["head"] == {
         "widths": [64, 16, 6],
-        "parameters": 64 * 16 + 16 + 16 * 6 + 6,
+        "num_parameters": 64 * 16 + 16 + 16 * 6 + 6,
+        "num_bytes": 4 * (64 * 16 + 16 + 16 * 6 + 6),
         "flops_per_row": 2 * (64 * 16 + 16 * 6),
+        "num_kernels": 4,
     }
     assert set(result["arms"]) == {*ARMS, "entropy", "schedule", "constant"}
     assert len(result["ratios"]) == 8
@@ -91,7 +93,7 @@ def test_arms_meet_each_other_in_every_order():
             calls.append((arm, num_tokens))
             return Run(1.0, float(len(calls)), 2.0)
 
-    pairs = measure(FakeEngine(), list(ARMS), 8, prompt_len=32, num_tokens=128, num_pairs=40)
+    pairs = [*measure(FakeEngine(), list(ARMS), 8, prompt_len=32, num_tokens=128, num_pairs=40)]
     assert len(pairs) == 40
     warm_ups, timed = calls[:10], [arm for arm, _ in calls[10:]]
     assert warm_ups == [(arm, 32) for arm in ARMS] * 2

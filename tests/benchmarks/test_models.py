@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adaptive_head import load_head
-from benchmarks.models import PRESETS, describe_head, write_config, write_heads
+from benchmarks.models import PRESETS, write_config, write_heads
 
 TEMPERATURES = (0.0, 0.5, 1.0)
 
@@ -67,15 +67,3 @@ def test_heads_choose_all_of_their_temperatures(tmp_path, layer_sizes, scale):
         assert head.metadata.level == "sequence"
         assert set(choices[name].tolist()) == {0, 1, 2}
     assert (choices["a"] != choices["b"]).any()
-
-
-def test_the_size_of_a_head_is_counted(tmp_path):
-    size = describe_head(64, (32, 16), TEMPERATURES)
-    assert size == {
-        "widths": [64, 32, 16, 3],
-        "parameters": 64 * 32 + 32 * 16 + 16 * 3 + 32 + 16 + 3,
-        "flops_per_row": 2 * (64 * 32 + 32 * 16 + 16 * 3),
-    }
-    write_heads({"a": tmp_path / "a"}, 64, (32, 16), TEMPERATURES, "token")
-    network = load_head(tmp_path / "a").network
-    assert sum(parameter.numel() for parameter in network.parameters()) == size["parameters"]

@@ -43,6 +43,7 @@ def test_there_are_commands_for_every_program():
         "benchmarks.engine",
         "benchmarks.overhead",
         "benchmarks.carrier",
+        "benchmarks.head",
     }
 
 
