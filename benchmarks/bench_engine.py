@@ -156,7 +156,7 @@ class BenchEngine:
                     answers.append((output.request_id, num_new, take_choices(completion)))
                     if num_new and output.request_id in waiting:
                         waiting.remove(output.request_id)
-                        first = first if waiting else time.perf_counter()
+                        first = time.perf_counter()
             end = time.perf_counter()
         self._drain()
         tpot_s = (end - first) / (num_tokens - 1)
