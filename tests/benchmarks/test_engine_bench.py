@@ -106,3 +106,38 @@ def test_arms_meet_each_other_in_every_order():
     assert max(firsts.values()) < 20
     # There and back: a drift in a straight line is the same for all, but for the geometric mean.
     assert all(0.9 < pair[ADAPTIVE].tpot_s / pair[ORDINARY].tpot_s < 1.1 for pair in pairs[10:])
+
+
+@pytest.mark.engine
+def test_every_arm_runs_on_v2():
+    """Through Triton's interpreter, which says nothing of times."""
+    code = (
+        "import typer, benchmarks.bench_engine\n"
+        "benchmarks.bench_engine.WORKER_CLS = 'v2_worker.AdaptiveWorker'\n"
+        "from benchmarks.engine import main\n"
+        "typer.run(main)\n"
+    )
+    arguments = ("--batch", "2", "--prompt-len", "4", "--num-tokens", "3", "--num-pairs", "2")
+    options = (
+        "dtype=float32",
+        "max_model_len=64",
+        "block_size=32",
+        "kv_cache_memory_bytes=1000000",
+    )
+    environment = make_environment("v2")
+    environment["PYTHONPATH"] = f"{ROOT}:{environment['PYTHONPATH']}"
+    process = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--head-layers", "16"]
+        + [word for option in options for word in ("--option", option)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    result = json.loads(process.stdout)
+    assert result["model_runner"] == "V2"
+    assert set(result["arms"]) == set(ARMS)
+    assert result["heads_memory_bytes"] is not None
+    # Adaptive and mixed, twice as warm-up and twice in each of two pairs.
+    assert sum(result["choices"].values()) == 6 * (2 + 1) * 3
