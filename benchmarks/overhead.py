@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import httpx
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import track
 
+from loadtests.ratios import bootstrap_ratio
+
 PROMPT = "Write a short story about a lighthouse keeper who finds a letter."
-BOOTSTRAP_SAMPLES = 10_000
 
 
 def main(
@@ -32,7 +32,7 @@ def main(
     stream: Annotated[bool, typer.Option(help="Stream the answers.")] = False,
     report: Annotated[Literal["none", "summary", "tokens"], typer.Option()] = "summary",
 ) -> None:
-    """Print the ratio of tokens per second, adaptive to fixed, as JSON."""
+    """Print the ratio of tokens per second, adaptive to fixed, as JSON: a geometric mean."""
     with contextlib.nullcontext(url) if url else start_server() as address:
         models = httpx.get(f"{address}/v1/models").raise_for_status()
         model = models.json()["data"][0]["id"]
@@ -48,10 +48,10 @@ def main(
         ratios = asyncio.run(
             measure(f"{address}/v1/chat/completions", adaptive, fixed, concurrency, num_pairs)
         )
-    median, low, high = summarise(ratios)
+    ratio = bootstrap_ratio(ratios, seed=0)
     result = {
-        "adaptive_to_fixed": round(median, 4),
-        "interval_95": [round(low, 4), round(high, 4)],
+        "adaptive_to_fixed": round(ratio.mean, 4),
+        "interval_95": [round(ratio.low, 4), round(ratio.high, 4)],
         "num_pairs": num_pairs,
         "concurrency": concurrency,
         "max_tokens": max_tokens,
@@ -129,13 +129,6 @@ async def run(
     start = time.perf_counter()
     await asyncio.gather(*(ask(seed) for seed in range(concurrency)))
     return concurrency * int(body["max_tokens"]) / (time.perf_counter() - start)
-
-
-def summarise(ratios: list[float]) -> tuple[float, float, float]:
-    """Median and its 95 % bootstrap interval."""
-    samples = np.random.default_rng(0).choice(ratios, (BOOTSTRAP_SAMPLES, len(ratios)))
-    low, high = np.quantile(np.median(samples, axis=1), [0.025, 0.975])
-    return float(np.median(ratios)), float(low), float(high)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ class AdaptiveSamplerV1(Sampler):
             sampling_metadata = dataclasses.replace(
                 sampling_metadata,
                 temperature=torch.where(temperatures.isnan(), fixed, temperatures),
+                # `all_random` stays: without an ordinary greedy row vLLM need not look for maxima.
                 all_greedy=False,
-                all_random=False,
             )
         return super().sample(logits, sampling_metadata, *args, **kwargs)
 
@@ -70,11 +70,14 @@ class AdaptiveSamplerV1(Sampler):
         self, logits: torch.Tensor, temp: torch.Tensor, all_random: bool
     ) -> torch.Tensor:
         """vLLM's, which leaves a greedy row at 1; of ours the maximum alone is left, as in V2, so
-        that the row's log-probabilities are those of its temperature 0."""
-        logits = super().apply_temperature(logits, temp, all_random)
-        if self.temperatures is not None:
-            greedy = torch.nonzero(self.temperatures == 0).flatten()
-            best = logits[greedy].argmax(dim=-1)
+        that it is drawn, and the row's log-probabilities are those of its temperature 0."""
+        if self.temperatures is None:
+            return super().apply_temperature(logits, temp, all_random)
+        is_greedy = self.temperatures == 0
+        logits = super().apply_temperature(logits, temp.masked_fill(is_greedy, 1.0), all_random)
+        greedy = torch.nonzero(is_greedy).flatten()
+        if len(greedy):
+            best = self.greedy_sample(logits[greedy])
             peaks = logits[greedy, best]
             logits[greedy] = -torch.inf
             logits[greedy, best] = peaks

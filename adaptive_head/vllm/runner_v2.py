@@ -40,6 +40,8 @@ class AdaptiveRunnerV2(_Stock):
     """
 
     adaptive: AdaptiveTemperature | None = None
+    # Bytes on the device: heads, their graphs and tables.
+    heads_memory_usage = 0
 
     def load_heads(self, heads: dict[str, LoadedHead]) -> None:
         """Put our logits processor behind all others. Only the last pipeline rank samples."""
@@ -57,7 +59,8 @@ class AdaptiveRunnerV2(_Stock):
         # vLLM gives what is left of the memory to its KV cache, and must know of the heads.
         with DeviceMemoryProfiler() as memory:
             selector = self._make_selector(heads)
-        self.model_memory_usage += memory.consumed_memory
+        self.heads_memory_usage = memory.consumed_memory
+        self.model_memory_usage += self.heads_memory_usage
         seeds = self.sampler.sampling_states.seeds
         self.adaptive = AdaptiveTemperature(self.req_states, seeds, selector)
         self.sampler.logits_processors.append(self.adaptive)

@@ -196,6 +196,19 @@ def make_metadata(temperatures: list[float], seeds: list[int]) -> SamplingMetada
     )
 
 
+def make_step(num_rows):
+    """What the runner tells the sampler of rows whose slots are 0, 1, 2, …"""
+    return {
+        "slots": torch.arange(num_rows),
+        "slots_np": np.arange(num_rows),
+        "hidden": torch.zeros(num_rows, 8),
+        "input_ids": torch.zeros(num_rows, dtype=torch.int64),
+        "positions": torch.full((num_rows,), 2),
+        "prompt_lens": torch.full((num_rows,), 3),
+        "is_ready": torch.ones(num_rows, dtype=torch.bool),
+    }
+
+
 def test_v1_sampler_draws_what_vllm_draws_at_the_chosen_temperatures():
     """Row 0 is ordinary; rows 1 and 2 are adaptive and travel at 1."""
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 3
@@ -206,15 +219,7 @@ def test_v1_sampler_draws_what_vllm_draws_at_the_chosen_temperatures():
     selector.flush()
     ours = AdaptiveSamplerV1(SamplerV1("processed_logprobs", False), selector)
     assert ours.logprobs_mode == "processed_logprobs"
-    ours.step = {
-        "slots": torch.tensor([0, 1, 2]),
-        "slots_np": np.array([0, 1, 2]),
-        "hidden": torch.zeros(3, 8),
-        "input_ids": torch.zeros(3, dtype=torch.int64),
-        "positions": torch.full((3,), 2),
-        "prompt_lens": torch.full((3,), 3),
-        "is_ready": torch.ones(3, dtype=torch.bool),
-    }
+    ours.step = make_step(3)
     for _ in range(5):
         seeds = [seed + 3 for seed in seeds]
         metadata = make_metadata([0.6, 1.0, 1.0], seeds)
@@ -227,6 +232,32 @@ def test_v1_sampler_draws_what_vllm_draws_at_the_chosen_temperatures():
             1.0,
             1.0,
         ], "vLLM keeps its metadata from step to step"
+
+
+@pytest.mark.parametrize("fixed", [0.0, 0.6])
+def test_v1_greedy_rows_cost_a_pass_over_themselves_only(monkeypatch, fixed):
+    """And come out as vLLM's: the first of equal maxima. 1e-6 is not 0, and all but greedy."""
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    logits[1, 20] = logits[1, 30] = 9.0
+    selector = TemperatureSelector({}, 4, CPU)
+    for slot, temperature in ((1, 0.0), (2, 1e-6)):
+        selector.add(slot, constant(temperature), None)
+    selector.flush()
+    ours = AdaptiveSamplerV1(SamplerV1(), selector)
+    num_rows = []
+
+    def count_rows(rows):
+        num_rows.append(len(rows))
+        return SamplerV1.greedy_sample(rows)
+
+    monkeypatch.setattr(ours, "greedy_sample", count_rows)
+    for seed in range(5):
+        ours.step = make_step(3)
+        found = ours(logits.clone(), make_metadata([fixed, 1.0, 1.0], [seed])).sampled_token_ids
+        stock = SamplerV1()(logits.clone(), make_metadata([fixed, 1.0, 1.0], [seed]))
+        assert found[0] == stock.sampled_token_ids[0]
+        assert found[1:, 0].tolist() == [20, logits[2].argmax()]
+    assert num_rows == ([3, 1] if fixed == 0.0 else [1]) * 5
 
 
 def test_v1_choices_leave_with_the_output_of_their_batch():
