@@ -20,7 +20,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from adaptive_head.checkpoint import read_metadata
 from adaptive_head.options import AdaptiveRequest, Options, resolve_options
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
-from adaptive_head.vllm.choices import take_choices
+from adaptive_head.vllm.choices import ChoiceReader
 
 STOCK = "stock"
 ORDINARY = "ordinary"
@@ -86,8 +86,9 @@ class BenchEngine:
         """Answer a batch of requests of equal lengths.
 
         Raises:
-            RuntimeError: a token came without a temperature that should have had one, or the other
-                way round, or the heads have chosen one temperature only.
+            AssertionError: a token came without the temperature that it should have had.
+            RuntimeError: a token has a temperature that should have none, or the heads have chosen
+                one temperature only.
         """
         if arm == STOCK:
             with self._stock():
@@ -113,7 +114,8 @@ class BenchEngine:
                 extra_args=None if options is None else options.to_extra_args(),
             )
             self._engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
-        num_left, temperatures = len(wanted), set()
+        num_left, temperatures = len(wanted), set[int]()
+        readers = {request_id: ChoiceReader() for request_id in wanted}
         num_seen = dict.fromkeys(wanted, 0)
         gc.collect()
         gc.disable()
@@ -122,11 +124,12 @@ class BenchEngine:
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
                 (completion,) = output.outputs
-                micros = take_choices(completion)
-                if (micros is not None) != wanted[output.request_id] and completion.token_ids:
-                    raise RuntimeError(f"{arm}: a token has a temperature, or none, wrongly")
-                if micros is not None:
-                    temperatures.update(micros)
+                if wanted[output.request_id]:
+                    reader = readers[output.request_id]
+                    reader.read(completion)
+                    temperatures.update(micro for micro, _ in reader.take())
+                elif completion.sampling_mask is not None:
+                    raise RuntimeError(f"{arm}: an ordinary token has a temperature")
                 if not num_seen[output.request_id] and completion.token_ids:
                     num_left -= 1
                     first = time.perf_counter() if not num_left else first

@@ -126,11 +126,10 @@ def verify(
     lists = choices.to_cpu_nonblocking().tolists()
     num_sampled = output.num_sampled.tolist()
     tokens = output.sampled_token_ids.tolist()
-    masks = [lists.slice_request(i, count).to_nested_list() for i, count in enumerate(num_sampled)]
     (counts,) = selector.count_choices()
     return {
         "tokens": [row[:count] for row, count in zip(tokens, num_sampled, strict=True)],
-        "micros": [[micro for (micro,) in mask] for mask in masks],
+        "micros": [lists.get(i, count) for i, count in enumerate(num_sampled)],
         "counts": list(counts.counts.values()),
     }
 
