@@ -11,13 +11,14 @@ from typing import Any, Protocol
 
 from vllm import EngineArgs, SamplingParams
 from vllm.config import VllmConfig
+from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from adaptive_head.checkpoint import read_metadata
 from adaptive_head.options import AdaptiveRequest, Options, resolve_options
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
-from adaptive_head.vllm.choices import take_choices
+from adaptive_head.vllm.choices import ChoiceReader
 from benchmarks.stock import is_v2, put_back, take_out
 
 STOCK = "stock"
@@ -146,21 +147,21 @@ class BenchEngine:
 
     def _run(self, wanted: dict[str, Options | None], num_tokens: int) -> tuple[Run, list[Answer]]:
         waiting = set(wanted)
-        answers: list[Answer] = []
+        outputs: list[tuple[str, CompletionOutput]] = []
         with _no_garbage_collection():
             start = first = time.perf_counter()
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
                     (completion,) = output.outputs
-                    num_new = len(completion.token_ids)
-                    answers.append((output.request_id, num_new, take_choices(completion)))
-                    if num_new and output.request_id in waiting:
+                    outputs.append((output.request_id, completion))
+                    if completion.token_ids and output.request_id in waiting:
                         waiting.remove(output.request_id)
                         first = time.perf_counter()
             end = time.perf_counter()
         self._drain()
         tpot_s = (end - first) / (num_tokens - 1)
-        return Run(first - start, tpot_s, len(wanted) * num_tokens / (end - start)), answers
+        run = Run(first - start, tpot_s, len(wanted) * num_tokens / (end - start))
+        return run, read_answers(outputs)
 
     def _add_requests(
         self, arm: str, batch: int, prompt_len: int, num_tokens: int
@@ -225,6 +226,21 @@ def _no_garbage_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def read_answers(outputs: Sequence[tuple[str, CompletionOutput]]) -> list[Answer]:
+    """The temperatures of every output, by request id; None before a request's first."""
+    readers: dict[str, ChoiceReader] = {}
+    answers: list[Answer] = []
+    for request_id, completion in outputs:
+        if completion.sampling_mask is not None:
+            readers.setdefault(request_id, ChoiceReader())
+        num_new, micros = len(completion.token_ids), None
+        if (reader := readers.get(request_id)) is not None:
+            reader.read(completion)
+            micros = [micro for micro, count in reader.take() for _ in range(count)]
+        answers.append((request_id, num_new, micros))
+    return answers
 
 
 def check_answers(

@@ -17,7 +17,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from adaptive_head.options import AdaptiveRequest, ReportDetail, resolve_options
-from adaptive_head.vllm.choices import ChoiceLists
+from adaptive_head.vllm.choices import ChoiceLists, ChoiceSender
 from server.metrics import AdaptiveMetrics
 from server.report import PromptReport, Report
 
@@ -29,12 +29,14 @@ def main(
     num_steps: Annotated[int, typer.Option(help="Steps of a run.")] = 100,
     num_pairs: Annotated[int, typer.Option(help="Runs with and without, in turns.")] = 15,
     detail: Annotated[Literal["summary", "tokens"], typer.Option(help="`report`.")] = "tokens",
+    run_len: Annotated[int, typer.Option(help="Tokens in a row of one temperature.", min=1)] = 1,
 ) -> None:
     """Print microseconds a token as JSON: the median of paired runs, and their spread."""
     extra = []
     for _ in range(num_pairs):
-        plain = time_steps(num_steps, num_requests, None)
-        adaptive = time_steps(num_steps, num_requests, make_reports(num_requests, detail))
+        plain = time_steps(num_steps, num_requests, None, run_len)
+        reports = make_reports(num_requests, detail)
+        adaptive = time_steps(num_steps, num_requests, reports, run_len)
         extra.append((adaptive - plain) / (num_requests * num_steps) * 1e6)
     low, median, high = np.quantile(extra, [0.25, 0.5, 0.75]).tolist()
     result = {
@@ -43,6 +45,7 @@ def main(
         "num_requests": num_requests,
         "num_pairs": num_pairs,
         "report": detail,
+        "run_len": run_len,
     }
     print(json.dumps(result))
 
@@ -52,13 +55,19 @@ def make_reports(num_requests: int, detail: ReportDetail) -> list[PromptReport]:
     return [Report(OPTIONS, detail, 1, metrics).begin_prompt() for _ in range(num_requests)]
 
 
-def time_steps(num_steps: int, num_requests: int, reports: list[PromptReport] | None) -> float:
+def time_steps(
+    num_steps: int, num_requests: int, reports: list[PromptReport] | None, run_len: int
+) -> float:
     """Seconds for a run."""
+    sender = ChoiceSender()
+    request_ids = [f"{index}-8865643c" for index in range(num_requests)]
     gc.collect()
     gc.disable()
     start = time.perf_counter()
-    for _ in range(num_steps):
-        run_step(num_requests, reports)
+    for step in range(num_steps):
+        choices = ChoiceLists(np.full(num_requests, 700_000 + step // run_len, np.int32))
+        masks = sender.begin_step(choices, request_ids) if reports else None
+        run_step(masks, request_ids, reports)
     elapsed = time.perf_counter() - start
     gc.enable()
     return elapsed
@@ -66,19 +75,19 @@ def time_steps(num_steps: int, num_requests: int, reports: list[PromptReport] | 
 
 _ENCODER = MsgpackEncoder()
 _DECODER = MsgpackDecoder(EngineCoreOutputs)
-_MICROS = np.full(1024, 700_000, dtype=np.int32)
 
 
-def run_step(num_requests: int, reports: list[PromptReport] | None) -> None:
+def run_step(
+    sender: ChoiceSender | None, request_ids: list[str], reports: list[PromptReport] | None
+) -> None:
     """One decode step: scheduler -> ZeroMQ's bytes -> API process -> report and metrics."""
-    choices = ChoiceLists(_MICROS[:num_requests]) if reports else None
     outputs = [
         EngineCoreOutput(
-            request_id="0-8865643c",
+            request_id=request_id,
             new_token_ids=[7],
-            new_sampling_mask=choices and choices.slice_request(index, 1),
+            new_sampling_mask=sender and sender.slice_request(index, 1),
         )
-        for index in range(num_requests)
+        for index, request_id in enumerate(request_ids)
     ]
     received = _DECODER.decode(_ENCODER.encode(EngineCoreOutputs(outputs=outputs)))
     for index, output in enumerate(received.outputs):

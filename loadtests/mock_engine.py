@@ -2,15 +2,14 @@
 
 It stands behind vLLM's `AsyncLLM`, in the place of the client that talks to the engine core's
 process. So the whole API process is real (routes, handlers, tokenizer, detokenizer, n > 1, aborts,
-metrics), and temperatures arrive in it as the engine sends them. What this leaves out is the
-message between the two processes.
+metrics), and temperatures arrive in it as the engine sends them. Every step's outputs are encoded
+and decoded as the message between the two processes is; only the socket is left out.
 """
 
 import asyncio
 import heapq
 import random
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import count
 from time import monotonic
 from types import SimpleNamespace
@@ -31,11 +30,11 @@ from vllm.v1.engine import (
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
 from vllm.v1.outputs import LogprobsLists, SamplingMaskLists
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from adaptive_head.checkpoint import read_metadata
 from adaptive_head.options import EXTRA_ARGS_KEY, Options
 from adaptive_head.slots import MICRO
-from adaptive_head.vllm.choices import ChoiceLists
 from adaptive_head.vllm.settings import read_settings
 
 TEXT = " The quick brown fox jumps over the lazy dog, and then it sleeps in the warm sun."
@@ -72,7 +71,7 @@ class Answer:
     queued: float = field(default_factory=monotonic)
     started: float = 0.0
     num_sent: int = 0
-    chosen: SamplingMaskLists | None = None
+    last: int | None = None
 
 
 class MockCore(EngineCoreClient):
@@ -97,6 +96,8 @@ class MockCore(EngineCoreClient):
         self._due: list[tuple[float, int, Answer]] = []
         self._order = count()
         self._changed = asyncio.Event()
+        self._encoder = MsgpackEncoder()
+        self._decoder = MsgpackDecoder(EngineCoreOutputs)
         # What AsyncLLM asks of its client besides the methods.
         self.engine_ranks_managed = [0]
         self.resources = SimpleNamespace(engine_dead=False)
@@ -138,7 +139,11 @@ class MockCore(EngineCoreClient):
                 stats = SchedulerStats(
                     num_running_reqs=len(self._running), num_waiting_reqs=len(self._waiting)
                 )
-                return EngineCoreOutputs(outputs=outputs, scheduler_stats=stats)
+                frames = self._encoder.encode(
+                    EngineCoreOutputs(outputs=outputs, scheduler_stats=stats)
+                )
+                received: EngineCoreOutputs = self._decoder.decode(frames)
+                return received
             timeout = self._due[0][0] - monotonic() if self._due else None
             try:
                 await asyncio.wait_for(self._changed.wait(), timeout)
@@ -201,13 +206,20 @@ class MockCore(EngineCoreClient):
                 EngineCoreEvent.new_event(EngineCoreEventType.SCHEDULED, answer.started),
             ]
         if answer.options is not None:
-            output.new_sampling_mask = self._choose(answer, answer.options, position)
+            micro = self._choose(answer, answer.options, position)
+            # As `ChoiceSender` sends them; it would cost a token here more than it may.
+            if micro != answer.last:
+                output.new_sampling_mask = SamplingMaskLists(np.array([micro, position], np.int32))
+                answer.last = micro
+            if answer.options.level == "sequence" or answer.options.policy == "constant":
+                # It will not change any more.
+                answer.options = None
         if answer.params.logprobs is not None:
             output.new_logprobs = make_logprobs(token_id, answer.params.logprobs)
         return output
 
-    def _choose(self, answer: Answer, options: Options, position: int) -> SamplingMaskLists:
-        """A token's temperature as the engine sends it; a head's is drawn at random.
+    def _choose(self, answer: Answer, options: Options, position: int) -> int:
+        """A token's temperature in millionths; a head's is drawn at random.
 
         A real engine does this elsewhere: what it costs here would pass for the front end's cost.
 
@@ -215,12 +227,10 @@ class MockCore(EngineCoreClient):
             KeyError: the head was not there at the start.
         """
         if options.policy != "head":
-            return make_choice(choose_temperature(answer, options, position), options)
-        if answer.chosen is None or options.level == "token":
-            temperatures = self._heads[options.name]
-            drawn = temperatures[int(answer.rng.random() * len(temperatures))]
-            answer.chosen = make_choice(drawn, options)
-        return answer.chosen
+            return bound(choose_temperature(answer, options, position), options)
+        temperatures = self._heads[options.name]
+        drawn = temperatures[int(answer.rng.random() * len(temperatures))]
+        return bound(drawn, options)
 
 
 def choose_temperature(answer: Answer, options: Options, position: int) -> float:
@@ -233,18 +243,10 @@ def choose_temperature(answer: Answer, options: Options, position: int) -> float
     return options.parameters[0]
 
 
-def make_choice(temperature: float, options: Options) -> SamplingMaskLists:
-    """A temperature within its bounds, as the engine sends it."""
+def bound(temperature: float, options: Options) -> int:
+    """A temperature within its bounds, in millionths."""
     bounded = min(max(temperature * options.scale, options.min), options.max)
-    return encode_choice(round(bounded * MICRO))
-
-
-@lru_cache(maxsize=4096)
-def encode_choice(micro: int) -> SamplingMaskLists:
-    """Made once for each temperature, in millionths."""
-    choice = ChoiceLists(np.array([micro], np.int32)).slice_request(0, 1)
-    assert choice is not None
-    return choice
+    return round(bounded * MICRO)
 
 
 def make_logprobs(token_id: int, num_logprobs: int) -> LogprobsLists:

@@ -71,10 +71,12 @@ class _Reader:
     ) -> AsyncGenerator[RequestOutput, None]:
         """The outputs, once they have been counted."""
         self._begin()
+        # Where nothing is recorded, straight to the report: this is the way of every token.
+        take = self._report.read if self._report and self._record is None else self._take
         try:
             async with aclosing(outputs):
                 async for output in outputs:
-                    self._take(output)
+                    take(output)
                     yield output
         finally:
             self._end()

@@ -125,7 +125,8 @@ class HeadRegistry:
             )
             if 100 * draw < canary.percent and request.level in (None, other.level):
                 head = other
-        options = replace(options, name=head.name, level=head.level, generation=head.generation)
+        if (head.name, head.generation) != (options.name, options.generation):
+            options = replace(options, name=head.name, level=head.level, generation=head.generation)
         return options, head
 
     def _begin(self, head: ServedHead) -> ServedHead:

@@ -8,7 +8,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 
 from adaptive_head.options import Options, ReportDetail
 from adaptive_head.slots import MICRO
-from adaptive_head.vllm.choices import take_choices
+from adaptive_head.vllm.choices import ChoiceReader
 from server.heads import ServedHead
 from server.metrics import AdaptiveMetrics
 
@@ -23,17 +23,22 @@ class ChoiceReport:
     def __init__(self, options: Options, detail: ReportDetail) -> None:
         self._options = options
         self._detail = detail
+        self._reader = ChoiceReader()
+        # By temperature, in millionths.
         self._num_tokens: dict[int, int] = {}
+        self._uncounted: dict[int, int] = {}
         self._micros: list[int] = []
         self._num_sent = 0
         self._num_ready = 0
 
-    def add(self, micros: list[int]) -> None:
-        """Tokens have been generated, at these temperatures (millionths)."""
-        for micro in micros:
-            self._num_tokens[micro] = self._num_tokens.get(micro, 0) + 1
-        if self._detail == "tokens":
-            self._micros += micros
+    def begin(self) -> None:
+        """The engine begins to generate, for tool calls not for the first time."""
+        self._settle()
+        self._reader = ChoiceReader()
+
+    def read(self, completion: CompletionOutput) -> int:
+        """Take the temperatures off an output. Returns how many new tokens it has."""
+        return self._reader.read(completion)
 
     def mark_ready(self, num_tokens: int) -> None:
         """The response is being built from this many more tokens."""
@@ -42,18 +47,34 @@ class ChoiceReport:
     @property
     def num_tokens(self) -> Mapping[int, int]:
         """How many tokens so far at each temperature (millionths)."""
+        self._settle()
         return self._num_tokens
 
     @property
     def mean(self) -> float | None:
         """Mean temperature so far; None before the first token."""
-        return mean_of(self._num_tokens)
+        return mean_of(self.num_tokens)
 
     def take_ready(self) -> list[float]:
         """Temperatures of the tokens that are in the response and not yet reported."""
+        self._settle()
         micros = self._micros[self._num_sent : self._num_ready]
         self._num_sent = self._num_ready
         return [micro / MICRO for micro in micros]
+
+    def take_uncounted(self) -> Mapping[int, int]:
+        """Tokens by temperature (millionths) since the last call."""
+        self._settle()
+        uncounted, self._uncounted = self._uncounted, {}
+        return uncounted
+
+    def _settle(self) -> None:
+        """Count what has been read. Not at every token: most have the temperature before theirs."""
+        for micro, count in self._reader.take():
+            self._num_tokens[micro] = self._num_tokens.get(micro, 0) + count
+            self._uncounted[micro] = self._uncounted.get(micro, 0) + count
+            if self._detail == "tokens":
+                self._micros += [micro] * count
 
     def describe(self, show_tokens: bool) -> dict[str, Any]:
         """The `adaptive` object of a finished answer.
@@ -61,13 +82,13 @@ class ChoiceReport:
         Args:
             show_tokens: whether to list the temperature of every token.
         """
-        used = sorted(self._num_tokens)
+        used, mean = sorted(self.num_tokens), self.mean
         described: dict[str, Any] = {
             "policy": self._options.policy,
             "head": self._options.name if self._options.policy == "head" else None,
             "level": self._options.level,
             "tokens": sum(self._num_tokens.values()),
-            "mean": None if self.mean is None else round(self.mean, 6),
+            "mean": None if mean is None else round(mean, 6),
             "min": used[0] / MICRO if used else None,
             "max": used[-1] / MICRO if used else None,
             "histogram": self._bin(used),
@@ -112,7 +133,12 @@ class Report:
         """The next prompt of the request is about to be generated."""
         choices = [ChoiceReport(self.options, self.detail) for _ in range(self._num_choices)]
         self._choices += choices
-        return PromptReport(self.options, self.detail, choices, self._metrics, self._head)
+        return PromptReport(self, choices, self._metrics)
+
+    @property
+    def has_several_prompts(self) -> bool:
+        """Whether the response merges the outputs of several prompts."""
+        return len(self._choices) > self._num_choices
 
     def __getitem__(self, index: int) -> ChoiceReport:
         """The report of the response's choice `index`."""
@@ -124,19 +150,14 @@ class PromptReport:
     sampling parameters, which is what ties an output to the response it belongs to."""
 
     def __init__(
-        self,
-        options: Options,
-        detail: ReportDetail,
-        choices: list[ChoiceReport],
-        metrics: AdaptiveMetrics,
-        head: ServedHead | None,
+        self, report: Report, choices: list[ChoiceReport], metrics: AdaptiveMetrics
     ) -> None:
-        self.options = options
-        self.detail = detail
+        self.options = report.options
+        self.detail = report.detail
+        self._report = report
         self._choices = choices
         self._metrics = metrics
-        self._head = head
-        self._uncounted: list[int] = []
+        self._num_uncounted = 0
 
     def __repr__(self) -> str:
         # vLLM logs a request's parameters, with this among them, where it is asked to.
@@ -145,21 +166,25 @@ class PromptReport:
     def begin(self) -> None:
         """The prompt is handed to the engine."""
         self._metrics.count_request(self.options)
+        for choice in self._choices:
+            choice.begin()
 
     def read(self, output: RequestOutput) -> None:
         """Take the temperatures off an output, count them, and remember them."""
+        is_listed = self.detail == "tokens"
+        is_merged = is_listed and self._report.has_several_prompts
         for completion in output.outputs:
-            micros = take_choices(completion) or []
-            assert len(micros) == len(completion.token_ids), "a token came without temperature"
             choice = self._choices[completion.index]
-            choice.add(micros)
-            self._uncounted += micros
+            num_new = choice.read(completion)
+            self._num_uncounted += num_new
+            if is_listed and not is_merged:
+                choice.mark_ready(num_new)
             is_answer = completion.finish_reason not in (None, "abort")
-            if is_answer and choice.mean is not None:
-                self._metrics.count_answer(self.options, choice.mean)
-        if len(self._uncounted) >= _MAX_UNCOUNTED_TOKENS or output.finished:
+            if is_answer and (mean := choice.mean) is not None:
+                self._metrics.count_answer(self.options, mean)
+        if self._num_uncounted >= _MAX_UNCOUNTED_TOKENS or output.finished:
             self.flush()
-        if self.detail == "tokens":
+        if is_merged:
             output.outputs = _Outputs(output.outputs, self._choices)
 
     def count_into(self, num_tokens: Counter[int]) -> None:
@@ -169,9 +194,10 @@ class PromptReport:
 
     def flush(self) -> None:
         """Move what has been counted into the metrics."""
-        if self._uncounted:
-            self._metrics.count_tokens(self.options, Counter(self._uncounted))
-            self._uncounted = []
+        for choice in self._choices:
+            if uncounted := choice.take_uncounted():
+                self._metrics.count_tokens(self.options, uncounted)
+        self._num_uncounted = 0
 
 
 class _Outputs(list[CompletionOutput]):

@@ -58,7 +58,8 @@ def _describe_chunk(choice: ChoiceReport, is_finished: bool, show_tokens: bool) 
         if temperatures:
             adaptive["temperatures"] = temperatures
         return msgspec.json.encode(adaptive).decode()
-    return f'{{"temperatures":[{",".join(map(repr, temperatures))}]}}' if temperatures else None
+    # A list of floats is written in JSON as in Python.
+    return f'{{"temperatures":{temperatures}}}' if temperatures else None
 
 
 async def write_events(

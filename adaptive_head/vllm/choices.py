@@ -2,10 +2,15 @@
 
 They ride in the place of vLLM's sampling masks, its one channel that carries a varying payload
 a token and that vLLM itself slices by accepted tokens, trims at stop strings and merges over
-skipped stream outputs. `ChoiceTensors` stands where V2 expects its `SamplingMaskTensors`,
-`ChoiceLists` where the scheduler expects `SamplingMaskLists`.
+skipped stream outputs. `ChoiceTensors` stands where V2 expects its `SamplingMaskTensors`, and
+`ChoiceSender` where the scheduler expects `SamplingMaskLists`.
+
+To decode a mask costs the API process more than a token without one, so a choice is sent only where
+it differs from the one before: the mask of such a token is its choice and its position in the
+answer, and `ChoiceReader` gives the tokens without a mask the choice before theirs.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +21,7 @@ from vllm.v1.outputs import SamplingMaskLists
 from adaptive_head.slots import ORDINARY
 from adaptive_head.vllm.compat import check_parameters
 
-# `ChoiceLists` stands in for this one.
+# `ChoiceSender` stands in for this one.
 check_parameters(SamplingMaskLists.slice_request, "self", "req_idx", "num_positions")
 
 
@@ -29,30 +34,25 @@ class ChoiceLists:
         starts: int [num_requests + 1], each request's first row; None where all have one.
     """
 
-    __slots__ = ("_is_adaptive", "_micros", "_starts")
+    __slots__ = ("_micros", "_starts")
 
     def __init__(self, micros: np.ndarray, starts: np.ndarray | None = None) -> None:
-        self._micros = micros
-        self._starts = None if starts is None else starts.tolist()
-        first = micros if starts is None else micros[starts[:-1]]
-        self._is_adaptive = (first != ORDINARY).tolist()
+        self._micros: list[int] = micros.tolist()
+        self._starts: list[int] | None = None if starts is None else starts.tolist()
 
-    def slice_request(self, req_idx: int, num_positions: int) -> SamplingMaskLists | None:
+    def get(self, req_idx: int, num_positions: int) -> list[int] | None:
         """The choices of one request's new tokens; None for an ordinary request.
 
         Args:
             num_positions: how many of the step's tokens were kept.
         """
-        if not self._is_adaptive[req_idx]:
-            return None
         start = req_idx if self._starts is None else self._starts[req_idx]
         micros = self._micros[start : start + num_positions]
-        offsets = None if num_positions == 1 else np.arange(num_positions + 1)
-        return SamplingMaskLists(micros, offsets)
+        return None if micros[0] == ORDINARY else micros
 
     def __reduce__(self) -> tuple[type["ChoiceLists"], tuple[np.ndarray, np.ndarray | None]]:
         starts = None if self._starts is None else np.array(self._starts)
-        return ChoiceLists, (self._micros, starts)
+        return ChoiceLists, (np.array(self._micros, np.int32), starts)
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,108 @@ class ChoiceTensors:
         return ChoiceLists(self.micros.numpy(), self.starts)
 
 
-def take_choices(output: CompletionOutput) -> list[int] | None:
-    """Remove and return the temperatures of an output's tokens, in millionths.
+class ChoiceSender:
+    """Makes the masks that leave the engine, one for each change of a request's choice."""
 
-    Removed, because other readers of the field would take them for sampling masks.
+    def __init__(self) -> None:
+        # How many tokens of a request have been sent, and the last one's choice.
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._choices = ChoiceLists(np.empty(0, np.int32))
+        self._request_ids: Sequence[str] = ()
+
+    def begin_step(self, choices: ChoiceLists, request_ids: Sequence[str]) -> "ChoiceSender":
+        """Send the choices of a step, whose requests these are in the order of the batch."""
+        self._choices, self._request_ids = choices, request_ids
+        return self
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Requests have ended, or were aborted."""
+        for request_id in request_ids:
+            self._sent.pop(request_id, None)
+
+    def slice_request(self, req_idx: int, num_positions: int) -> SamplingMaskLists | None:
+        """What the scheduler sends with one request's new tokens; see `ChoiceLists.get`."""
+        micros = self._choices.get(req_idx, num_positions)
+        return None if micros is None else self.send(self._request_ids[req_idx], micros)
+
+    def send(self, request_id: str, micros: list[int]) -> SamplingMaskLists | None:
+        """The masks of a request's next tokens; None where nothing has changed.
+
+        Args:
+            micros: one choice a token.
+        """
+        num_sent, last = self._sent.get(request_id, (0, ORDINARY))
+        changes: list[int] = []
+        offsets = [0]
+        for position, micro in enumerate(micros, num_sent):
+            if micro != last:
+                changes += micro, position
+                last = micro
+            offsets.append(len(changes))
+        self._sent[request_id] = num_sent + len(micros), last
+        if not changes:
+            return None
+        # vLLM slices by offsets where a step has made several tokens, and only there.
+        is_single = len(micros) == 1
+        return SamplingMaskLists(
+            np.array(changes, np.int32), None if is_single else np.array(offsets)
+        )
+
+
+class ChoiceReader:
+    """Reads the choices of one answer's tokens, output by output."""
+
+    __slots__ = ("_changes", "_micro", "_num_taken", "_num_tokens")
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+        self._num_taken = 0
+        self._micro = ORDINARY
+        # (choice, position of its first token), since the last call of `take`.
+        self._changes: list[list[int]] = []
+
+    def read(self, output: CompletionOutput) -> int:
+        """Remove the choices of an output's new tokens from it.
+
+        Removed, because other readers of the field would take them for sampling masks.
+
+        Returns:
+            How many new tokens there are.
+        """
+        num_new = len(output.token_ids)
+        self._num_tokens += num_new
+        if output.sampling_mask is not None:
+            self._changes += filter(None, output.sampling_mask.token_ids)
+            output.sampling_mask = None
+        return num_new
+
+    def take(self) -> list[tuple[int, int]]:
+        """The choices since the last call: millionths, in order, and for how many tokens each.
+
+        Raises:
+            AssertionError: a token came without a choice, or a choice without its token.
+        """
+        begin, runs = self._num_taken, []
+        for micro, position in self._changes:
+            assert begin <= position < self._num_tokens, "a temperature came without its token"
+            if begin < position:
+                runs.append((self._micro, position - begin))
+            self._micro, begin = micro, position
+        if begin < self._num_tokens:
+            runs.append((self._micro, self._num_tokens - begin))
+        assert not runs or runs[0][0] != ORDINARY, "a token came without temperature"
+        self._num_taken, self._changes = self._num_tokens, []
+        return runs
+
+
+def take_choices(output: CompletionOutput) -> list[int] | None:
+    """Remove and return the temperatures of a whole answer's tokens, in millionths.
 
     Returns:
         One a token of `output.token_ids`, or None where the output carries none.
     """
-    mask = output.sampling_mask
-    if mask is None:
+    if output.sampling_mask is None:
         return None
-    output.sampling_mask = None
-    return [micro for (micro,) in mask.token_ids]
+    reader = ChoiceReader()
+    reader.read(output)
+    return [micro for micro, count in reader.take() for _ in range(count)]

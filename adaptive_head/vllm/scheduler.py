@@ -1,18 +1,56 @@
-"""The scheduler that lets the chosen temperatures through."""
+"""vLLM's schedulers, which let the chosen temperatures through."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
 
-from adaptive_head.vllm.compat import refuse_unsupported
+from adaptive_head.vllm.choices import ChoiceLists, ChoiceSender
+from adaptive_head.vllm.compat import check_parameters, refuse_unsupported
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler as _Stock
+else:
+    _Stock = object
+
+check_parameters(Scheduler.update_from_output, "self", "scheduler_output", "model_runner_output")
+
+
+class _SendsChoices(_Stock):
+    """Mixed into vLLM's scheduler: forwards the mask channel, whose payload is ours."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.return_sampling_mask = True
+        self._sender = ChoiceSender()
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        self._sender.forget(scheduler_output.finished_req_ids)
+        choices: Any = model_runner_output.sampling_masks
+        if isinstance(choices, ChoiceLists):
+            masks: Any = self._sender.begin_step(choices, model_runner_output.req_ids)
+            model_runner_output.sampling_masks = masks
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+
+class AdaptiveScheduler(_SendsChoices, Scheduler):
+    """For synchronous scheduling."""
+
+
+class AdaptiveAsyncScheduler(_SendsChoices, AsyncScheduler):
+    """For asynchronous scheduling."""
 
 
 def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
-    """vLLM's own scheduler for this configuration, told to forward the mask channel.
+    """The scheduler that vLLM itself would take for this configuration, and ours on top.
 
-    A function and not a subclass: vLLM has two schedulers, and a subclass of one would silently
+    A function and not a class: vLLM has two schedulers, and one of them for all would silently
     switch asynchronous scheduling on or off.
 
     Raises:
@@ -20,6 +58,5 @@ def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
     """
     refuse_unsupported(vllm_config)
     is_async = vllm_config.scheduler_config.async_scheduling
-    scheduler = (AsyncScheduler if is_async else Scheduler)(vllm_config=vllm_config, **kwargs)
-    scheduler.return_sampling_mask = True
-    return scheduler
+    scheduler = AdaptiveAsyncScheduler if is_async else AdaptiveScheduler
+    return scheduler(vllm_config=vllm_config, **kwargs)

@@ -3,7 +3,6 @@
 import ast
 import copy
 import inspect
-import json
 from collections.abc import AsyncGenerator
 from importlib.metadata import entry_points
 from typing import get_args
@@ -27,7 +26,11 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
 )
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion import api_router as completion
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponseChoice
+from vllm.entrypoints.openai.completion.protocol import (
+    CompletionRequest,
+    CompletionResponseChoice,
+    CompletionStreamResponse,
+)
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models import api_router as models
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -68,7 +71,7 @@ from server.protocol import (
 )
 from server.report import PromptReport, Report
 from server.routes import CHAT_PATH, COMPLETION_PATH, MODELS_PATH, RESPONSES_PATH
-from server.stream import _FINISHED, _PREFIX
+from server.stream import _CHOICE, _FINISHED
 from tests.contract.helpers import assert_in_order, assert_parameters, source
 
 HANDLERS = [OpenAIServingChat, OpenAIServingCompletion, OpenAIServingResponses]
@@ -416,14 +419,24 @@ def test_events_take_a_field_of_ours():
         assert '"adaptive":{"temperatures":[0.5]}' in made.model_dump_json(warnings=False)
 
 
-def test_chunks_are_compact_json_after_data():
-    """The last chunk of a choice is found by the text of its `finish_reason`."""
-    chunk = ChatCompletionStreamResponse.model_validate(
-        {"model": "m", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+@pytest.mark.parametrize(
+    ("model", "content"),
+    [
+        (ChatCompletionStreamResponse, {"delta": {"content": '"choices":[{"index":7,'}}),
+        (CompletionStreamResponse, {"text": '"choices":[{"index":7,'}),
+    ],
+)
+def test_chunks_are_compact_json_with_the_index_of_their_choice_first(model, content):
+    """A choice is found by the text that begins it, its end by that of its `finish_reason`."""
+    choice = content | {"finish_reason": "stop", "index": 12}
+    name = '"choices":[{"index":8,'
+    line = model.model_validate({"model": name, "choices": [choice]}).model_dump_json(
+        exclude_unset=True
     )
-    line = f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
-    assert line.startswith(_PREFIX + "{") and _FINISHED in line
-    assert json.loads(line.removeprefix(_PREFIX))["choices"][0]["index"] == 0
+    assert _FINISHED in line
+    assert [found[1] for found in _CHOICE.finditer(line)] == ["12"]
+    no_choice = model.model_validate({"model": name, "choices": []})
+    assert not _CHOICE.search(no_choice.model_dump_json(exclude_unset=True))
     for handler in (OpenAIServingChat, OpenAIServingCompletion):
         assert 'f"data:{' in source(handler)
         assert "chunk.model_dump_json(exclude_unset=True)" in source(handler)

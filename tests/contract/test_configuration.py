@@ -146,17 +146,17 @@ def test_the_refused_options_are_where_refuse_unsupported_looks():
 def test_make_scheduler_takes_vllms_own_and_sets_the_flag(is_async, wanted, monkeypatch):
     """A scheduler of the wrong kind would run, at half the speed or with wrong counters."""
 
-    class Fake:
-        def __init__(self, **kwargs):
-            self.kwargs = kwargs
-            self.return_sampling_mask = False
+    def initialise(self, **kwargs):
+        self.kwargs = kwargs
+        self.return_sampling_mask = False
 
-    for name in ("Scheduler", "AsyncScheduler"):
-        monkeypatch.setattr(scheduler, name, type(name, (Fake,), {}))
+    monkeypatch.setattr(scheduler.Scheduler, "__init__", initialise)
+    monkeypatch.setattr(scheduler.AsyncScheduler, "__init__", initialise)
     config = plain_config()
     config.scheduler_config.async_scheduling = is_async
     made = scheduler.make_scheduler(config, log_stats=True)
-    assert type(made).__name__ == wanted and made.return_sampling_mask
+    _, _, vllms, *_ = type(made).__mro__
+    assert vllms.__name__ == wanted and made.return_sampling_mask
     assert made.kwargs == {"vllm_config": config, "log_stats": True}
 
 

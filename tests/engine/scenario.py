@@ -15,6 +15,7 @@ from vllm import LLM, SamplingParams
 
 from adaptive_head import load_head
 from adaptive_head.vllm import LOADING
+from adaptive_head.vllm.choices import take_choices
 
 
 def run(scenario: dict) -> dict:
@@ -56,10 +57,9 @@ def load(llm: LLM, name: str, generation: int, head: str, config: dict) -> list[
 
 
 def describe(answer) -> dict:
-    mask = answer.sampling_mask
     return {
         "token_ids": list(answer.token_ids),
-        "micros": None if mask is None else [micro for (micro,) in mask.token_ids],
+        "micros": take_choices(answer),
         "finish_reason": answer.finish_reason,
         "logprobs": answer.logprobs
         and [

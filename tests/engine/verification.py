@@ -129,13 +129,12 @@ def verify(
     lists = choices.to_cpu_nonblocking().tolists()
     num_sampled = output.num_sampled.tolist()
     tokens = output.sampled_token_ids.tolist()
-    slices = [lists.slice_request(i, count) for i, count in enumerate(num_sampled)]
-    assert slices[:num_plain] == [None] * num_plain
-    masks = [choices.to_nested_list() for choices in slices[num_plain:]]
+    micros = [lists.get(i, count) for i, count in enumerate(num_sampled)]
+    assert micros[:num_plain] == [None] * num_plain
     (counts,) = selector.count_choices()
     return {
         "tokens": [row[:count] for row, count in zip(tokens, num_sampled, strict=True)][num_plain:],
-        "micros": [[micro for (micro,) in mask] for mask in masks],
+        "micros": micros[num_plain:],
         "counts": list(counts.counts.values()),
     }
 

@@ -17,6 +17,7 @@ def install(fault_file: Path) -> None:
     - uncounted: /metrics miss a token
     - deaf: the engine does not hear that a client has left
     """
+    from adaptive_head.vllm.choices import ChoiceReader
     from loadtests.mock_engine import MockCore
     from server.metrics import AdaptiveMetrics
     from server.report import ChoiceReport
@@ -24,11 +25,11 @@ def install(fault_file: Path) -> None:
     def is_on(fault: str) -> bool:
         return fault_file.read_text() == fault
 
-    add, take_ready = ChoiceReport.add, ChoiceReport.take_ready
+    take, take_ready = ChoiceReader.take, ChoiceReport.take_ready
     count_tokens, abort = AdaptiveMetrics.count_tokens, MockCore.abort_requests_async
 
-    def wrong_add(self, micros):
-        add(self, [micro + 1000 for micro in micros] if is_on("foreign") else micros)
+    def wrong_take(self):
+        return [(micro + 1000 * is_on("foreign"), count) for micro, count in take(self)]
 
     def wrong_take_ready(self):
         return take_ready(self)[is_on("misaligned") :]
@@ -43,7 +44,7 @@ def install(fault_file: Path) -> None:
         if not is_on("deaf"):
             await abort(self, request_ids)
 
-    ChoiceReport.add, ChoiceReport.take_ready = wrong_add, wrong_take_ready
+    ChoiceReader.take, ChoiceReport.take_ready = wrong_take, wrong_take_ready
     AdaptiveMetrics.count_tokens, MockCore.abort_requests_async = wrong_count_tokens, wrong_abort
 
 

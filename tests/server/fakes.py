@@ -7,6 +7,7 @@ from vllm.outputs import CompletionOutput, RequestOutput, SamplingMask
 
 from adaptive_head.checkpoint import BaseModelIdentity, HeadMetadata
 from adaptive_head.options import parse_request, resolve_options
+from adaptive_head.vllm.choices import ChoiceSender
 from server.admission import AdaptiveState
 from server.heads import HeadRegistry
 from server.metrics import AdaptiveMetrics
@@ -63,15 +64,29 @@ def make_report(adaptive=None, num_choices=1, registry=None) -> Report:
     return Report(options, request.report, num_choices, metrics)
 
 
+def make_mask(micros: list[int], start=0) -> SamplingMask | None:
+    """What an output carries whose tokens have these choices.
+
+    Args:
+        start: how many tokens of the answer came before.
+    """
+    mask = ChoiceSender().send("r", micros)
+    if mask is None:
+        return None
+    changes = [change for change in mask.to_nested_list() if change]
+    return SamplingMask([[micro, start + position] for micro, position in changes])
+
+
 def make_output(*completions: tuple, finished=False, prompt="p") -> RequestOutput:
     """An output of the engine's.
 
     Args:
-        completions: (choice, temperatures of its new tokens, finish reason or None) each. A token
-            is named after the temperature: 0.7 makes token 700000.
+        completions: (choice, temperatures of its new tokens, finish reason or None) each, and
+            fourth how many of its tokens came before. A token is named after the temperature: 0.7
+            makes token 700000.
     """
     outputs = []
-    for index, temperatures, finish_reason in completions:
+    for index, temperatures, finish_reason, *start in completions:
         micros = [round(value * 1e6) for value in temperatures]
         outputs.append(
             CompletionOutput(
@@ -81,7 +96,7 @@ def make_output(*completions: tuple, finished=False, prompt="p") -> RequestOutpu
                 cumulative_logprob=None,
                 logprobs=None,
                 finish_reason=finish_reason,
-                sampling_mask=SamplingMask([[micro] for micro in micros]) if micros else None,
+                sampling_mask=make_mask(micros, *start),
             )
         )
     return RequestOutput(
@@ -97,6 +112,9 @@ def make_output(*completions: tuple, finished=False, prompt="p") -> RequestOutpu
 def feed(prompt_report: PromptReport, *completions: tuple, finished=False) -> RequestOutput:
     """Let a report read an output, and the response be built from it."""
     output = make_output(*completions, finished=finished)
+    for completion in output.outputs:
+        start = sum(prompt_report._choices[completion.index].num_tokens.values())
+        completion.sampling_mask = make_mask(completion.token_ids, start)
     prompt_report.read(output)
     list(output.outputs)
     return output

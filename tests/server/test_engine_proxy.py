@@ -41,8 +41,8 @@ class Engine:
 def three_outputs():
     return (
         make_output((0, [0.3], None)),
-        make_output((0, [0.7], None)),
-        make_output((0, [1.0], "stop"), finished=True),
+        make_output((0, [0.7], None, 1)),
+        make_output((0, [1.0], "stop", 2), finished=True),
     )
 
 

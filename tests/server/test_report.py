@@ -92,14 +92,38 @@ def test_temperatures_leave_the_place_where_sampling_masks_are_expected():
 
 def test_a_token_without_a_temperature_is_a_bug_that_shows():
     output = make_output((0, [0.3, 0.7], None))
-    output.outputs[0].sampling_mask = SamplingMask([[300_000]])
+    output.outputs[0].sampling_mask = SamplingMask([[700_000, 1]])
+    report = make_report().begin_prompt()
+    report.read(output)
     with pytest.raises(AssertionError):
-        make_report().begin_prompt().read(output)
+        report.flush()
+
+
+def test_a_temperature_without_a_token_is_a_bug_that_shows():
+    output = make_output((0, [0.3, 0.7], None))
+    output.outputs[0].sampling_mask = SamplingMask([[300_000, 0], [700_000, 2]])
+    report = make_report().begin_prompt()
+    report.read(output)
+    with pytest.raises(AssertionError):
+        report.flush()
+
+
+def test_the_tokens_of_a_single_prompt_can_be_reported_at_once():
+    report = make_report({"report": "tokens"})
+    output = make_output((0, [0.3, 0.7], None))
+    report.begin_prompt().read(output)
+    assert report[0].take_ready() == [0.3, 0.7]
+
+
+def begin_two_prompts():
+    """A report of two prompts, whose outputs vLLM merges, and the first one's own."""
+    report = make_report({"report": "tokens"})
+    first, _ = report.begin_prompt(), report.begin_prompt()
+    return report, first
 
 
 def test_tokens_can_be_reported_once_a_response_is_built_from_them():
-    report = make_report({"report": "tokens"})
-    prompt_report = report.begin_prompt()
+    report, prompt_report = begin_two_prompts()
     output = make_output((0, [0.3, 0.7], None))
     prompt_report.read(output)
     assert report[0].take_ready() == []
@@ -119,17 +143,17 @@ def test_tokens_can_be_reported_once_a_response_is_built_from_them():
     ],
 )
 def test_however_an_output_is_used_its_tokens_count_once(use):
-    report = make_report({"report": "tokens"})
+    report, prompt_report = begin_two_prompts()
     output = make_output((0, [0.3, 0.7], None))
-    report.begin_prompt().read(output)
+    prompt_report.read(output)
     use(output.outputs)
     assert report[0].take_ready() == [0.3, 0.7]
 
 
 def test_an_output_that_is_read_ahead_is_not_reported_early():
-    report = make_report({"report": "tokens"})
-    prompt_report = report.begin_prompt()
-    first, second = make_output((0, [0.3], None)), make_output((0, [0.7], "stop"), finished=True)
+    report, prompt_report = begin_two_prompts()
+    first = make_output((0, [0.3], None))
+    second = make_output((0, [0.7], "stop", 1), finished=True)
     prompt_report.read(first)
     prompt_report.read(second)
     list(first.outputs)

@@ -169,8 +169,13 @@ class Engine:
             value = (first + position) / 10
             tokens = [value, value] if position == 1 else [value]
             finish_reason = "length" if is_last else None
-            completions = [(0, tokens, finish_reason), (1, [value + 0.05], finish_reason)]
-            yield make_output(*completions, finished=is_last)
+            # The first choice has had one more from the second output on.
+            num_before = position + (position > 1)
+            yield make_output(
+                (0, tokens, finish_reason, num_before),
+                (1, [value + 0.05], finish_reason, position),
+                finished=is_last,
+            )
 
 
 async def send(chunks):
