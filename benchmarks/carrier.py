@@ -65,7 +65,8 @@ def time_steps(
     gc.disable()
     start = time.perf_counter()
     for step in range(num_steps):
-        choices = ChoiceLists(np.full(num_requests, 700_000 + step // run_len, np.int32))
+        micro = 700_000 + 100_000 * (step // run_len % 2)
+        choices = ChoiceLists(np.full(num_requests, micro, np.int32))
         masks = sender.begin_step(choices, request_ids) if reports else None
         run_step(masks, request_ids, reports)
     elapsed = time.perf_counter() - start

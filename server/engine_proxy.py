@@ -4,27 +4,24 @@ import asyncio
 import copy
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from itertools import count
 from typing import Any
 
-from vllm.engine.protocol import EngineClient
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
 from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from adaptive_head.options import EXTRA_ARGS_KEY
 from server.record import RequestRecord, current_record
 from server.report import PromptReport
-
-_ABORT_TIMEOUT_S = 1.0
-_NUMBERS = count()
 
 
 class EngineProxy:
     """Stands where vLLM's handlers keep their engine client. Ordinary requests pass unseen; where
     requests are recorded, their tokens are counted."""
 
-    def __init__(self, engine_client: EngineClient) -> None:
+    def __init__(self, engine_client: AsyncLLM) -> None:
         self._engine_client = engine_client
 
     def __getattr__(self, name: str) -> Any:
@@ -50,13 +47,9 @@ class EngineProxy:
             **(sampling_params.extra_args or {}),
             **report.options.to_extra_args(),
         }
-        reader = _Reader(report, record)
-        if sampling_params.output_kind != RequestOutputKind.FINAL_ONLY:
-            return reader.read(engine.generate(prompt, sampling_params, request_id, **kwargs))
-        # A client may give several requests one name, and aborting by name would reach them all.
-        request_id = f"{request_id}-{next(_NUMBERS)}"
-        outputs = engine.generate(prompt, sampling_params, request_id, **kwargs)
-        return reader.read_whole(outputs, engine, request_id)
+        return _Reader(report, record).generate(
+            engine, prompt, sampling_params, request_id, **kwargs
+        )
 
 
 class _Reader:
@@ -71,47 +64,56 @@ class _Reader:
     ) -> AsyncGenerator[RequestOutput, None]:
         """The outputs, once they have been counted."""
         self._begin()
-        # Where nothing is recorded, straight to the report: this is the way of every token.
-        take = self._report.read if self._report and self._record is None else self._take
         try:
             async with aclosing(outputs):
                 async for output in outputs:
-                    take(output)
+                    self._take(output)
                     yield output
         finally:
             self._end()
 
-    async def read_whole(
-        self, outputs: AsyncGenerator[RequestOutput, None], engine: EngineClient, request_id: str
+    async def generate(
+        self,
+        engine: AsyncLLM,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        **kwargs: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The same for a request that is answered in one piece.
+        """vLLM's `generate`, which also counts what an aborted request had come to.
 
-        Where its client leaves, vLLM's generator ends without an output, and the tokens would
-        count for nothing. A request that is aborted by name still delivers what it has.
+        Around vLLM's own it would not see that, and another generator would be in the way of every
+        token. Errors are those of vLLM's.
         """
         self._begin()
+        queue = None
+        # Where nothing is recorded, straight to the report.
+        take = self._report.read if self._report and self._record is None else self._take
         try:
-            async with aclosing(outputs):
-                output = None
-                while output is None or not output.finished:
-                    step = asyncio.ensure_future(anext(outputs))
-                    try:
-                        output = await asyncio.shield(step)
-                    except asyncio.CancelledError:
-                        await engine.abort(request_id)
-                        await asyncio.wait([step], timeout=_ABORT_TIMEOUT_S)
-                        if step.done() and step.exception() is None:
-                            self._take(step.result())
-                        raise
-                    finally:
-                        if not step.done():
-                            # vLLM had not come to the engine yet, or the abort failed. A
-                            # generator that runs cannot be closed.
-                            step.cancel()
-                            await asyncio.wait([step])
-                    self._take(output)
-                    yield output
+            queue = await engine.add_request(request_id, prompt, sampling_params, **kwargs)
+            is_finished = False
+            while not is_finished:
+                # Awaited only where nothing is there, which saves switching between tasks.
+                output: Any = queue.get_nowait() or await queue.get()
+                is_finished = output.finished
+                take(output)
+                yield output
+        except (asyncio.CancelledError, GeneratorExit):
+            # The client has left.
+            if queue is not None:
+                await engine.abort(queue.request_id, internal=True)
+                if (last := queue.get_nowait()) is not None:
+                    self._take(last)
+            raise
+        except (EngineDeadError, VLLMClientError, GracefulHTTPError):
+            raise
+        except Exception as error:
+            if queue is not None:
+                await engine.abort(queue.request_id, internal=True)
+            raise EngineGenerateError from error
         finally:
+            if queue is not None:
+                queue.close()
             self._end()
 
     def _begin(self) -> None:

@@ -158,6 +158,7 @@ class PromptReport:
         self._choices = choices
         self._metrics = metrics
         self._num_uncounted = 0
+        self._is_first = True
 
     def __repr__(self) -> str:
         # vLLM logs a request's parameters, with this among them, where it is asked to.
@@ -166,25 +167,28 @@ class PromptReport:
     def begin(self) -> None:
         """The prompt is handed to the engine."""
         self._metrics.count_request(self.options)
+        self._is_first = True
         for choice in self._choices:
             choice.begin()
 
     def read(self, output: RequestOutput) -> None:
         """Take the temperatures off an output, count them, and remember them."""
         is_listed = self.detail == "tokens"
-        is_merged = is_listed and self._report.has_several_prompts
+        # Between the first output and its use a chat's stream sends chunks that name the role.
+        is_ahead = is_listed and (self._is_first or self._report.has_several_prompts)
+        self._is_first = False
         for completion in output.outputs:
             choice = self._choices[completion.index]
             num_new = choice.read(completion)
             self._num_uncounted += num_new
-            if is_listed and not is_merged:
+            if is_listed and not is_ahead:
                 choice.mark_ready(num_new)
             is_answer = completion.finish_reason not in (None, "abort")
             if is_answer and (mean := choice.mean) is not None:
                 self._metrics.count_answer(self.options, mean)
         if self._num_uncounted >= _MAX_UNCOUNTED_TOKENS or output.finished:
             self.flush()
-        if is_merged:
+        if is_ahead:
             output.outputs = _Outputs(output.outputs, self._choices)
 
     def count_into(self, num_tokens: Counter[int]) -> None:

@@ -3,7 +3,6 @@
 import ast
 import copy
 import inspect
-from collections.abc import AsyncGenerator
 from importlib.metadata import entry_points
 from typing import get_args
 
@@ -48,6 +47,7 @@ from vllm.renderers import BaseRenderer
 from vllm.sampling_params import SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from adaptive_head.options import EXTRA_ARGS_KEY, AdaptiveRequest, Options, resolve_options
@@ -255,6 +255,28 @@ def test_handlers_pass_prompt_and_parameters_in_the_order_of_the_proxy(handler):
     assert_parameters(EngineProxy.generate, "self", "prompt", "sampling_params")
 
 
+def test_vllm_generates_as_the_proxy_does():
+    """For adaptive requests the proxy stands in for `generate`; another would end otherwise."""
+    assert_in_order(
+        AsyncLLM.generate,
+        "q = await self.add_request( request_id, prompt, sampling_params,",
+        "while not finished:",
+        "out = q.get_nowait() or await q.get()",
+        "finished = out.finished",
+        "yield out",
+        "except (asyncio.CancelledError, GeneratorExit):",
+        "await self.abort(q.request_id, internal=True)",
+        "except EngineDeadError:",
+        "except (VLLMClientError, GracefulHTTPError) as e:",
+        "except Exception as e:",
+        "await self.abort(q.request_id, internal=True)",
+        "raise EngineGenerateError() from e",
+        "q.close()",
+    )
+    names = inspect.signature(AsyncLLM.generate).parameters.keys() - {"sampling_params"}
+    assert names <= inspect.signature(AsyncLLM.add_request).parameters.keys()
+
+
 def test_names_that_the_routes_take_from_vllms_modules():
     for module, names in (
         (chat, ("router", "create_chat_completion")),
@@ -347,23 +369,20 @@ def test_an_adaptive_request_travels_at_temperature_1_with_its_report(model, bod
     assert params.clone().extra_args[EXTRA_ARGS_KEY] is prompt_report
 
 
-def test_the_engine_gets_plain_options_and_the_handler_keeps_the_report(report):
+async def test_the_engine_gets_plain_options_and_the_handler_keeps_the_report(report):
     seen = []
 
     class Client:
         renderer = "renderer"
 
-        def generate(self, prompt, sampling_params, *args, **kwargs):
-            seen.append(sampling_params)
-
-            async def outputs():
-                yield
-
-            return outputs()
+        async def add_request(self, request_id, prompt, params):
+            seen.append(params)
+            raise EngineDeadError
 
     params = SamplingParams(extra_args={EXTRA_ARGS_KEY: report.begin_prompt(), "kv": 1})
     proxy = EngineProxy(Client())
-    assert isinstance(proxy.generate("x", params, "id"), AsyncGenerator)
+    with pytest.raises(EngineDeadError):
+        await anext(proxy.generate("x", params, "id"))
     (engine_params,) = seen
     assert Options.from_extra_args(engine_params.extra_args) == report.options
     assert engine_params.extra_args["kv"] == 1 and engine_params is not params

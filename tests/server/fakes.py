@@ -1,5 +1,6 @@
 """Stand-ins for what the front end meets in vLLM's API process, so that no engine is needed."""
 
+from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 
 from prometheus_client import CollectorRegistry
@@ -107,6 +108,27 @@ def make_output(*completions: tuple, finished=False, prompt="p") -> RequestOutpu
         outputs=outputs,
         finished=finished,
     )
+
+
+class Queue:
+    """vLLM's queue of a request's outputs, which come from a generator."""
+
+    request_id = "internal"
+
+    def __init__(self, outputs: AsyncGenerator[RequestOutput, None]) -> None:
+        self._outputs = outputs
+        self.waiting: RequestOutput | None = None
+        self.is_closed = False
+
+    def get_nowait(self) -> RequestOutput | None:
+        output, self.waiting = self.waiting, None
+        return output
+
+    async def get(self) -> RequestOutput:
+        return await anext(self._outputs)
+
+    def close(self) -> None:
+        self.is_closed = True
 
 
 def feed(prompt_report: PromptReport, *completions: tuple, finished=False) -> RequestOutput:

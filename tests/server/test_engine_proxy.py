@@ -2,30 +2,40 @@ import asyncio
 
 import pytest
 from prometheus_client import CollectorRegistry
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from adaptive_head.options import EXTRA_ARGS_KEY, Options
-from server import engine_proxy
 from server.engine_proxy import EngineProxy
 from server.record import _CURRENT, RequestRecord
-from tests.server.fakes import make_output, make_report, sample
+from tests.server.fakes import Queue, make_output, make_report, sample
 
 
 class Engine:
-    """Yields its outputs, and remembers what it was asked and whether it was closed."""
+    """Delivers its outputs, and remembers what it was asked and whether it was left."""
 
     errored = False
 
     def __init__(self, *outputs):
         self.outputs = outputs
         self.calls = []
+        self.aborted = []
         self.is_closed = False
 
     def generate(self, prompt, sampling_params, *args, **kwargs):
         self.calls.append((prompt, sampling_params, args, kwargs))
         self.generator = self._generate()
         return self.generator
+
+    async def add_request(self, request_id, prompt, params, **kwargs):
+        self.calls.append((prompt, params, (request_id,), kwargs))
+        self.queue = Queue(self._generate())
+        return self.queue
+
+    async def abort(self, request_id, internal):
+        assert internal, "a client may give several requests one name"
+        self.aborted.append(request_id)
 
     async def _generate(self):
         try:
@@ -94,17 +104,17 @@ async def test_the_same_parameters_can_generate_again():
     assert sample(registry, "adaptive_temperature_count") == 6
 
 
-async def test_leaving_early_closes_the_engines_generator_and_counts_what_came():
+async def test_leaving_early_aborts_the_request_and_counts_what_came():
     registry = CollectorRegistry()
     engine = Engine(*three_outputs())
     generator = EngineProxy(engine).generate("p", adaptive_params(registry), "id")
     await anext(generator)
     await generator.aclose()
-    assert engine.is_closed
+    assert engine.aborted == ["internal"] and engine.queue.is_closed
     assert sample(registry, "adaptive_temperature_count") == 1
 
 
-async def test_cancelling_closes_the_engines_generator_and_counts_what_came():
+async def test_cancelling_aborts_the_request_and_counts_what_came():
     registry = CollectorRegistry()
     engine = Engine(*three_outputs())
     generator = EngineProxy(engine).generate("p", adaptive_params(registry), "id")
@@ -119,18 +129,38 @@ async def test_cancelling_closes_the_engines_generator_and_counts_what_came():
     with pytest.raises(asyncio.CancelledError):
         await task
     await generator.aclose()
-    assert engine.is_closed
+    assert engine.aborted == ["internal"] and engine.queue.is_closed
     assert sample(registry, "adaptive_temperature_count") == 1
 
 
-async def test_the_engines_error_arrives_and_what_came_before_is_counted():
+async def test_an_error_of_the_engines_aborts_and_what_came_before_is_counted():
     registry = CollectorRegistry()
     engine = Engine(three_outputs()[0], RuntimeError("engine"))
     generator = EngineProxy(engine).generate("p", adaptive_params(registry), "id")
     await anext(generator)
-    with pytest.raises(RuntimeError, match="engine"):
+    with pytest.raises(EngineGenerateError) as caught:
         await anext(generator)
+    assert str(caught.value.__cause__) == "engine"
+    assert engine.aborted == ["internal"] and engine.queue.is_closed
     assert sample(registry, "adaptive_temperature_count") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [EngineDeadError(), VLLMValidationError("x", parameter="y"), QueueOverflowError()],
+)
+async def test_errors_that_vllm_lets_through_are_let_through(error, monkeypatch):
+    engine = Engine(error)
+    with pytest.raises(type(error)):
+        await anext(EngineProxy(engine).generate("p", adaptive_params(), "id"))
+    assert not engine.aborted and engine.queue.is_closed
+
+    async def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(engine, "add_request", refuse)
+    with pytest.raises(type(error)):
+        await anext(EngineProxy(engine).generate("p", adaptive_params(), "id"))
 
 
 async def test_nothing_is_counted_before_the_first_output_is_asked_for():
@@ -149,25 +179,15 @@ def test_an_adapter_that_is_found_late_is_refused_for_a_head():
 
 
 class AbortableEngine(Engine):
-    """Delivers nothing but what an abort by name makes it deliver."""
+    """Delivers nothing but what an abort makes it deliver."""
 
-    def __init__(self, *outputs):
-        super().__init__(*outputs)
-        self.aborted = []
-        self.is_aborted = asyncio.Event()
-
-    async def abort(self, request_id):
-        self.aborted.append(request_id)
-        if self.outputs:
-            self.is_aborted.set()
+    async def abort(self, request_id, internal):
+        await super().abort(request_id, internal)
+        (self.queue.waiting,) = self.outputs or (None,)
 
     async def _generate(self):
-        try:
-            await self.is_aborted.wait()
-            for output in self.outputs:
-                yield output
-        finally:
-            self.is_closed = True
+        await asyncio.sleep(3600)
+        yield
 
 
 def whole_params(registry=None) -> SamplingParams:
@@ -176,76 +196,55 @@ def whole_params(registry=None) -> SamplingParams:
     return params
 
 
-def aborted_output():
-    return make_output((0, [0.3, 0.7], "abort"), finished=True)
-
-
-async def leave(generator):
+async def leave(generator, error=asyncio.CancelledError):
     """Wait for a generator as a handler does whose client goes away."""
     task = asyncio.create_task(anext(generator))
     await asyncio.sleep(0.01)
     task.cancel()
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(error):
         await task
     await generator.aclose()
 
 
-async def test_tokens_of_a_whole_answer_whose_client_left_are_counted():
+async def test_tokens_of_an_answer_whose_client_left_are_counted():
     registry = CollectorRegistry()
-    engine = AbortableEngine(aborted_output())
+    engine = AbortableEngine(make_output((0, [0.3, 0.7], "abort"), finished=True))
     await leave(EngineProxy(engine).generate("p", whole_params(registry), "id"))
-    assert engine.is_closed
+    assert engine.aborted == ["internal"] and engine.queue.is_closed
     assert sample(registry, "adaptive_temperature_count") == 2
     assert sample(registry, "adaptive_request_temperature_count") == 0
 
 
-async def test_a_whole_answer_has_a_name_that_no_client_can_give_another():
-    names = set()
-    for _ in range(2):
-        engine = AbortableEngine(aborted_output())
-        await leave(EngineProxy(engine).generate("p", whole_params(), "id"))
-        ((_, _, args, _),) = engine.calls
-        assert args == tuple(engine.aborted)
-        names.update(args)
-    assert len(names) == 2
-    assert all(name.startswith("id-") for name in names)
-
-
-async def test_an_engine_that_delivers_nothing_at_an_abort_is_left_all_the_same(monkeypatch):
-    monkeypatch.setattr(engine_proxy, "_ABORT_TIMEOUT_S", 0.01)
+async def test_an_engine_that_delivers_nothing_at_an_abort_is_left_all_the_same():
     engine = AbortableEngine()
     await leave(EngineProxy(engine).generate("p", whole_params(), "id"))
-    await asyncio.sleep(0)
-    assert engine.is_closed
+    assert engine.queue.is_closed
 
 
 async def test_an_engine_that_fails_at_an_abort_keeps_no_client(monkeypatch):
     engine = AbortableEngine()
 
-    async def fail(request_id):
+    async def fail(request_id, internal):
         raise RuntimeError("engine gone")
 
     monkeypatch.setattr(engine, "abort", fail)
-    generator = EngineProxy(engine).generate("p", whole_params(), "id")
-    task = asyncio.create_task(anext(generator))
-    await asyncio.sleep(0.01)
-    task.cancel()
-    with pytest.raises(RuntimeError, match="engine gone"):
-        await task
-    assert engine.is_closed
+    await leave(EngineProxy(engine).generate("p", whole_params(), "id"), RuntimeError)
+    assert engine.queue.is_closed
 
 
-async def test_a_whole_answer_that_is_finished_or_fails_is_not_aborted():
+async def test_a_client_that_leaves_before_the_engine_has_the_request_aborts_nothing(monkeypatch):
+    engine = AbortableEngine()
+    monkeypatch.setattr(engine, "add_request", lambda *args: asyncio.sleep(3600))
+    await leave(EngineProxy(engine).generate("p", whole_params(), "id"))
+    assert not engine.aborted
+
+
+async def test_an_answer_that_is_finished_is_not_aborted():
     registry = CollectorRegistry()
-    engine = AbortableEngine(make_output((0, [0.3], "stop"), finished=True))
-    engine.is_aborted.set()
+    engine = Engine(make_output((0, [0.3], "stop"), finished=True))
     outputs = [o async for o in EngineProxy(engine).generate("p", whole_params(registry), "id")]
-    assert len(outputs) == 1 and not engine.aborted
+    assert len(outputs) == 1 and not engine.aborted and engine.queue.is_closed
     assert sample(registry, "adaptive_temperature_count") == 1
-    broken = Engine(RuntimeError("engine"))
-    with pytest.raises(RuntimeError, match="engine"):
-        await anext(EngineProxy(broken).generate("p", whole_params(), "id"))
-    assert broken.is_closed
 
 
 @pytest.mark.parametrize("params", [SamplingParams(), adaptive_params(), whole_params()])
@@ -257,7 +256,7 @@ async def test_a_record_counts_the_tokens_of_any_request(params):
         outputs = [o async for o in EngineProxy(engine).generate("p", params, "id")]
     finally:
         _CURRENT.reset(token)
-    assert len(outputs) == 3 and engine.is_closed
+    assert len(outputs) == 3
     assert (record.prompt_tokens, record.completion_tokens) == (2, 3)
     assert record.finish_reasons == ["stop"]
     assert record.ttft_s > 0

@@ -108,10 +108,24 @@ def test_a_temperature_without_a_token_is_a_bug_that_shows():
         report.flush()
 
 
-def test_the_tokens_of_a_single_prompt_can_be_reported_at_once():
+def test_the_first_chunk_of_a_chat_comes_before_its_first_token():
+    """It names the role, and is sent when the first output is there, before that is used."""
     report = make_report({"report": "tokens"})
-    output = make_output((0, [0.3, 0.7], None))
-    report.begin_prompt().read(output)
+    prompt_report = report.begin_prompt()
+    for _ in range(2):
+        prompt_report.begin()
+        first = make_output((0, [0.3, 0.7], None))
+        prompt_report.read(first)
+        assert report[0].take_ready() == []
+        list(first.outputs)
+        assert report[0].take_ready() == [0.3, 0.7]
+
+
+def test_further_tokens_of_a_single_prompt_can_be_reported_at_once():
+    report = make_report({"report": "tokens"})
+    prompt_report = report.begin_prompt()
+    feed(prompt_report, (0, [0.3], None))
+    prompt_report.read(make_output((0, [0.7], None, 1)))
     assert report[0].take_ready() == [0.3, 0.7]
 
 

@@ -12,7 +12,7 @@ from adaptive_head.options import EXTRA_ARGS_KEY
 from server.engine_proxy import EngineProxy
 from server.protocol import AdaptiveCompletionRequest
 from server.stream import end_with_error, write_chunks, write_events
-from tests.server.fakes import feed, make_output, make_report
+from tests.server.fakes import Queue, feed, make_output, make_report
 
 
 async def stream(items):
@@ -159,7 +159,10 @@ class Engine:
         self._paces = iter(paces)
         self._num_prompts = 0
 
-    async def generate(self, prompt, params, request_id):
+    async def add_request(self, request_id, prompt, params):
+        return Queue(self._generate())
+
+    async def _generate(self):
         first = 4 * self._num_prompts
         self._num_prompts += 1
         for position, pause in enumerate(next(self._paces)):
