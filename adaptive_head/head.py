@@ -61,7 +61,7 @@ class AdaptiveHead(nn.Module):
     """MLP with SiLU, d -> layer_sizes -> K.
 
     `forward` maps hidden states [rows, d] of any float dtype to float32 logits [rows, K];
-    their softmax is P(tau_k | h_t). It computes in the dtype of the weights.
+    their softmax is P(tau_k | h_t). Each layer computes in the dtype of its weights.
     """
 
     def __init__(self, config: HeadConfig, seed: int = 0) -> None:
@@ -99,10 +99,10 @@ class AdaptiveHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         *inner, last = self._linears()
-        x = hidden.to(last.weight.dtype)
+        x = hidden
         for layer in inner:
-            x = nn.functional.silu(layer(x))
-        logits: torch.Tensor = last(x)
+            x = nn.functional.silu(layer(x.to(layer.weight.dtype)))
+        logits: torch.Tensor = last(x.to(last.weight.dtype))
         return logits.float()
 
     def _linears(self) -> list[nn.Linear]:

@@ -129,7 +129,7 @@ def main(
             "num_pairs": num_pairs,
             "num_heads": num_heads,
             "level": level,
-            "head": {"widths": widths, **asdict(count_cost(widths, num_bytes))},
+            "head": {"widths": widths, **asdict(count_cost(widths, num_bytes, 4))},
             "heads_memory_bytes": engine.heads_memory_bytes,
             "options": options,
             "versions": {name: find_version(name) for name in PACKAGES},

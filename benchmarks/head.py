@@ -58,12 +58,21 @@ class Rates:
     seconds_a_kernel: float
 
 
-def count_cost(widths: tuple[int, ...], bytes_per_weight: int) -> Cost:
-    """The cost of the layers between `widths`, from the hidden size to K."""
+def count_cost(
+    widths: tuple[int, ...], bytes_per_weight: int, bytes_per_last_weight: int | None = None
+) -> Cost:
+    """The cost of the layers between `widths`, from the hidden size to K.
+
+    Args:
+        bytes_per_last_weight: of the last layer, where it differs: a head's is float32.
+    """
     num_weights = sum(wide * narrow for wide, narrow in pairwise(widths))
     num_parameters = num_weights + sum(widths[1:])
-    num_layers = len(widths) - 1
-    return Cost(num_parameters, num_parameters * bytes_per_weight, 2 * num_weights, 2 * num_layers)
+    num_bytes = num_parameters * bytes_per_weight
+    if bytes_per_last_weight is not None:
+        num_last = (widths[-2] + 1) * widths[-1]
+        num_bytes += num_last * (bytes_per_last_weight - bytes_per_weight)
+    return Cost(num_parameters, num_bytes, 2 * num_weights, 2 * (len(widths) - 1))
 
 
 def predict(cost: Cost, num_rows: int, rates: Rates) -> float:
@@ -144,7 +153,7 @@ def main(
     num_rows = [int(size) for size in rows.split(",")]
     temperatures = tuple(index / 32 for index in range(num_temperatures))
     config = HeadConfig(hidden_size, temperatures, tuple(map(int, layers.split(","))))
-    cost = count_cost(config.widths, dtype.itemsize)
+    cost = count_cost(config.widths, dtype.itemsize, 4)
     lm_head_cost = count_cost((hidden_size, vocab_size), dtype.itemsize)
     with torch.inference_mode():
         clock = Clock(device)

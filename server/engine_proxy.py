@@ -1,12 +1,14 @@
 """Reads the chosen temperatures off the engine's outputs, on their way to vLLM's handlers."""
 
 import asyncio
+import contextlib
 import copy
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
+from vllm.logger import init_logger
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -15,6 +17,8 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from adaptive_head.options import EXTRA_ARGS_KEY
 from server.record import RequestRecord, current_record
 from server.report import PromptReport
+
+logger = init_logger("vllm.adaptive")
 
 
 class EngineProxy:
@@ -102,14 +106,19 @@ class _Reader:
             # The client has left.
             if queue is not None:
                 await engine.abort(queue.request_id, internal=True)
-                if (last := queue.get_nowait()) is not None:
-                    self._take(last)
+                # Where the engine has died, too, that is what the queue has.
+                with contextlib.suppress(EngineDeadError):
+                    if (last := queue.get_nowait()) is not None:
+                        self._take(last)
+            _log(engine, "Request %s aborted.", request_id)
             raise
-        except (EngineDeadError, VLLMClientError, GracefulHTTPError):
+        except (EngineDeadError, VLLMClientError, GracefulHTTPError) as error:
+            _log(engine, "Request %s failed: %r.", request_id, error)
             raise
         except Exception as error:
             if queue is not None:
                 await engine.abort(queue.request_id, internal=True)
+            _log(engine, "Request %s failed: %r.", request_id, error)
             raise EngineGenerateError from error
         finally:
             if queue is not None:
@@ -132,7 +141,15 @@ class _Reader:
             self._report.read(output)
 
     def _end(self) -> None:
-        if self._report is not None:
-            self._report.flush()
-        if self._record is not None:
-            self._record.end()
+        try:
+            if self._report is not None:
+                self._report.flush()
+        finally:
+            if self._record is not None:
+                self._record.end()
+
+
+def _log(engine: AsyncLLM, message: str, *values: object) -> None:
+    # As vLLM's own: where requests are logged (`--enable-log-requests`).
+    if engine.log_requests:
+        logger.info(message, *values)

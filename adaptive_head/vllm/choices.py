@@ -158,7 +158,9 @@ class ChoiceReader:
             AssertionError: a token came without a choice, or a choice without its token.
         """
         begin, runs = self._num_taken, []
-        for micro, position in self._changes:
+        # At once, so that what is wrong is told once.
+        changes, self._changes, self._num_taken = self._changes, [], self._num_tokens
+        for micro, position in changes:
             assert begin <= position < self._num_tokens, "a temperature came without its token"
             if begin < position:
                 runs.append((self._micro, position - begin))
@@ -166,7 +168,6 @@ class ChoiceReader:
         if begin < self._num_tokens:
             runs.append((self._micro, self._num_tokens - begin))
         assert not runs or runs[0][0] != ORDINARY, "a token came without temperature"
-        self._num_taken, self._changes = self._num_tokens, []
         return runs
 
 

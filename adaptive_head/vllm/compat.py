@@ -64,6 +64,10 @@ def refuse_unsupported(config: "VllmConfig") -> None:
         "--distributed-executor-backend external_launcher": (
             parallel.distributed_executor_backend == "external_launcher"
         ),
+        "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0": (
+            parallel.distributed_executor_backend == "ray"
+            and os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1") == "0"
+        ),
         "--runner pooling (a pooling model)": model.runner_type == "pooling",
         "a diffusion model": bool(getattr(model, "is_diffusion", False)),
         "VLLM_USE_RUST_FRONTEND": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),

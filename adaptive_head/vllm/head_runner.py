@@ -86,8 +86,7 @@ class HeadRunner:
     Args:
         network: is copied.
         rows: shared by all heads. Its buffer's size is that of the largest graph, its dtype the
-            one in which the head computes on a GPU, so that reading its weights does not delay the
-            LM head; on a CPU it computes in float32.
+            one in which the head computes on a GPU.
         stream: where it will run.
 
     Attributes:
@@ -98,7 +97,7 @@ class HeadRunner:
         buffer = rows.buffer
         dtype = torch.float32 if buffer.device.type == "cpu" else buffer.dtype
         # A graph keeps the address of the weights, which are its own.
-        self._network = copy.deepcopy(network).to(buffer.device, dtype).eval()
+        self._network = convert(copy.deepcopy(network), dtype).to(buffer.device).eval()
         self.temperatures = torch.tensor(network.config.temperatures, device=buffer.device)
         self._address = buffer.data_ptr()
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
@@ -137,6 +136,17 @@ class HeadRunner:
         finally:
             graph.capture_end()
         self._graphs[len(hidden)] = graph, scores
+
+
+def convert(network: AdaptiveHead, dtype: torch.dtype) -> AdaptiveHead:
+    """Let a network compute in 16 bits, so that reading its weights does not delay the LM head.
+
+    All but its small last layer: rounded to 16 bits, logits of neighbouring temperatures would
+    often be equal, and of equals the lower one wins.
+    """
+    for layer in network.layers[:-1]:
+        layer.to(dtype)
+    return network
 
 
 def round_up(num_rows: int) -> int:

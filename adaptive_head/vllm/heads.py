@@ -35,10 +35,13 @@ def load_heads(config: "VllmConfig") -> dict[str, LoadedHead]:
     """
     settings = read_settings(config.additional_config)
     verifier = HeadVerifier(config)
-    heads = {name: verifier.load(folder) for name, folder in settings.heads.items()}
-    # Ranks on several machines read folders, and maybe command lines, of their own.
-    digests = {name: head.digest for name, head in heads.items()}
-    found = gather_states(digests)
+    heads: dict[str, LoadedHead] = {}
+    try:
+        heads |= {name: verifier.load(folder) for name, folder in settings.heads.items()}
+    finally:
+        # Ranks on several machines read folders, and maybe command lines, of their own. Those that
+        # fail take part, or the others would wait for them.
+        found = gather_states({name: head.digest for name, head in heads.items()})
     for name in sorted({name for other in found for name in other}):
         if len({other.get(name) for other in found}) > 1:
             raise HeadError(f"head {name} is not the same on all ranks: compare its files")

@@ -59,8 +59,9 @@ class AdaptiveRunnerV2(_Stock):
         # vLLM gives what is left of the memory to its KV cache, and must know of the heads.
         with DeviceMemoryProfiler() as memory:
             selector = self._make_selector(heads)
-        self.heads_memory_usage = memory.consumed_memory
-        self.model_memory_usage += self.heads_memory_usage
+        if self.device.type != "cpu":
+            self.heads_memory_usage = memory.consumed_memory
+            self.model_memory_usage += self.heads_memory_usage
         seeds = self.sampler.sampling_states.seeds
         self.adaptive = AdaptiveTemperature(self.req_states, seeds, selector)
         self.sampler.logits_processors.append(self.adaptive)

@@ -21,7 +21,7 @@ from adaptive_head.vllm.kernels import (
 
 class DeviceSelector(SlotTable):
     """Chooses temperatures for the requests in vLLM's slots. Nothing waits for the host, and a step
-    without adaptive requests launches nothing.
+    of ordinary requests launches nothing, unless one has taken an adaptive request's slot.
 
     A step is `begin`, before the logits; then for the rows of each part of the logits
     `choose_by_logits`; then `end`, once it is known what was sampled.

@@ -64,7 +64,7 @@ class CountedEngine(BenchEngine):
 def make_bench(fake, monkeypatch, temperatures=False):
     bench = CountedEngine()
     if temperatures:
-        fake.mask = SimpleNamespace(token_ids=[[700_000]] * 4)
+        fake.mask = SimpleNamespace(token_ids=[[700_000, 0], [], [], []])
     scheduler = SimpleNamespace(has_requests=lambda: False)
     bench._engine = fake
     bench._core = SimpleNamespace(scheduler=scheduler, batch_queue=None)

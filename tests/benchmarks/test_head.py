@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from adaptive_head import AdaptiveHead, HeadConfig
+from adaptive_head.vllm.head_runner import convert
 from benchmarks.head import Cost, Rates, count_cost, predict
 
 ROOT = Path(__file__).parents[2]
@@ -24,13 +25,16 @@ def test_a_heads_parameters_are_those_of_the_network():
     cost = count_cost(config.widths, 2)
     assert cost.num_parameters == sum(parameter.numel() for parameter in parameters)
     assert cost.num_bytes == 2 * cost.num_parameters
+    converted = convert(AdaptiveHead(config), torch.bfloat16).parameters()
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in converted)
+    assert count_cost(config.widths, 2, 4).num_bytes == num_bytes
     assert cost.flops_per_row == 2 * (64 * 32 + 32 * 16 + 16 * 3)
 
 
 def test_a_heads_kernels_are_what_torch_runs():
     config = HeadConfig(8, (0.0, 0.5), (4, 4))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        AdaptiveHead(config).bfloat16()(torch.zeros(1, 8, dtype=torch.bfloat16))
+        convert(AdaptiveHead(config), torch.bfloat16)(torch.zeros(1, 8, dtype=torch.bfloat16))
     calls = {event.key: event.count for event in profile.key_averages()}
     num_casts = 1
     found = calls["aten::addmm"] + calls["aten::silu"] + num_casts
@@ -58,7 +62,7 @@ def test_the_page_has_the_models_figures():
         vocabulary, num_ranks = (49152, 1) if "SmolLM2" in name else (128256, 1)
         if found := re.search(r"TP (\d+)", name):
             num_ranks = int(found[1])
-        head = count_cost((int(width), *layers, num_temperatures), 2)
+        head = count_cost((int(width), *layers, num_temperatures), 2, 4)
         lm_head_bytes = 2 * int(width) * vocabulary / num_ranks
         assert numbers == [
             f"{head.num_parameters:,}",

@@ -136,6 +136,14 @@ def test_choices_that_do_not_fit_their_tokens_are_a_bug_that_shows(outputs):
         read(*outputs)
 
 
+def test_what_is_wrong_is_told_once():
+    reader = ChoiceReader()
+    reader.read(completion([1], None))
+    with pytest.raises(AssertionError):
+        reader.take()
+    assert reader.take() == []
+
+
 def test_what_was_taken_is_not_taken_again():
     reader = ChoiceReader()
     reader.read(completion([1, 2], [[5, 0]]))

@@ -1,17 +1,20 @@
 """CUDA graphs, with a fake in the place of CUDA's: what is captured, replayed and padded."""
 
+import copy
 import math
 from typing import ClassVar
 
 import pytest
 import torch
 
+from adaptive_head.head import AdaptiveHead, HeadConfig
 from adaptive_head.vllm import head_runner
 from adaptive_head.vllm.head_runner import (
     MAX_GRAPH_ROWS,
     HeadRunner,
     HiddenRows,
     SideStream,
+    convert,
     graph_sizes,
     round_up,
 )
@@ -91,6 +94,18 @@ def test_hidden_states_of_another_type_run_without_a_graph(graphs):
     scores = runner.run(rows.gather(tokens, torch.arange(4)))
     assert scores.dtype == torch.float32 and scores.isfinite().all()
     assert not any(line.startswith("replayed") for line in graphs)
+
+
+def test_close_temperatures_do_not_become_equal_in_16_bits():
+    head = AdaptiveHead(HeadConfig(WIDTH, (0.0, 0.5, 1.0), (16,)), seed=3)
+    with torch.no_grad():
+        head.layers[-1].weight[1:] = head.layers[-1].weight[:1]
+        head.layers[-1].bias[:] = torch.tensor([5.01, 5.02, 5.025])
+    hidden = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
+    converted = convert(copy.deepcopy(head), torch.bfloat16)
+    assert converted.layers[0].weight.dtype == torch.bfloat16
+    assert (converted(hidden).argmax(-1) == 2).all()
+    assert (head.bfloat16()(hidden).argmax(-1) != 2).any(), "what the last layer would do"
 
 
 def test_sizes_of_graphs():

@@ -117,11 +117,13 @@ class Queue:
 
     def __init__(self, outputs: AsyncGenerator[RequestOutput, None]) -> None:
         self._outputs = outputs
-        self.waiting: RequestOutput | None = None
+        self.waiting: RequestOutput | Exception | None = None
         self.is_closed = False
 
     def get_nowait(self) -> RequestOutput | None:
         output, self.waiting = self.waiting, None
+        if isinstance(output, Exception):
+            raise output
         return output
 
     async def get(self) -> RequestOutput:

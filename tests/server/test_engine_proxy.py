@@ -1,4 +1,5 @@
 import asyncio
+import logging
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -16,6 +17,7 @@ class Engine:
     """Delivers its outputs, and remembers what it was asked and whether it was left."""
 
     errored = False
+    log_requests = False
 
     def __init__(self, *outputs):
         self.outputs = outputs
@@ -237,6 +239,40 @@ async def test_a_client_that_leaves_before_the_engine_has_the_request_aborts_not
     monkeypatch.setattr(engine, "add_request", lambda *args: asyncio.sleep(3600))
     await leave(EngineProxy(engine).generate("p", whole_params(), "id"))
     assert not engine.aborted
+
+
+async def test_a_client_that_leaves_a_dead_engine_is_still_a_client_that_leaves():
+    engine = AbortableEngine(EngineDeadError())
+    await leave(EngineProxy(engine).generate("p", whole_params(), "id"))
+    assert engine.queue.is_closed
+
+
+async def test_requests_that_fail_or_are_left_are_logged_where_vllm_logs_them(caplog, monkeypatch):
+    # vLLM's loggers do not propagate, which keeps them from caplog.
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, "vllm.adaptive")
+    engine = Engine(VLLMValidationError("too much", parameter="n"))
+    for engine.log_requests in (False, True):
+        with pytest.raises(VLLMValidationError):
+            await anext(EngineProxy(engine).generate("p", adaptive_params(), "first"))
+    left = AbortableEngine()
+    left.log_requests = True
+    await leave(EngineProxy(left).generate("p", whole_params(), "second"))
+    failed, aborted = [record.getMessage() for record in caplog.records]
+    assert failed.startswith("Request first failed: ") and "too much" in failed
+    assert aborted == "Request second aborted."
+
+
+async def test_a_token_without_temperature_is_told_once_and_the_record_ends():
+    record = RequestRecord("POST", "/v1/completions")
+    token = _CURRENT.set(record)
+    try:
+        engine = Engine(make_output((0, [0.3], None)), make_output((0, [0.3], "stop", 7)))
+        with pytest.raises(EngineGenerateError):
+            [o async for o in EngineProxy(engine).generate("p", adaptive_params(), "id")]
+    finally:
+        _CURRENT.reset(token)
+    assert record._num_open_prompts == 0
 
 
 async def test_an_answer_that_is_finished_is_not_aborted():

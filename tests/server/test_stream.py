@@ -155,6 +155,8 @@ async def test_events_of_the_responses_api_list_temperatures_on_their_deltas():
 class Engine:
     """Answers two choices a prompt, each token of a temperature of its own, at its own pace."""
 
+    log_requests = False
+
     def __init__(self, paces):
         self._paces = iter(paces)
         self._num_prompts = 0

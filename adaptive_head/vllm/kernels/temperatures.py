@@ -19,7 +19,8 @@ def to_micro(temperature):
 
 @triton.jit
 def bound(temperature, options_ptr):
-    """Scale, then min and max, then millionths."""
+    """Scale, then min and max, then millionths. NaN, of broken logits, is taken for 0."""
+    temperature = tl.where(temperature == temperature, temperature, 0.0)
     temperature = temperature * tl.load(options_ptr + _SCALE)
     temperature = tl.maximum(temperature, tl.load(options_ptr + _MIN))
     return to_micro(tl.minimum(temperature, tl.load(options_ptr + _MAX)))
