@@ -1,4 +1,4 @@
-"""Every command in benchmarks/README.md is one that the programs understand."""
+"""Every command for a benchmark in the documents is one that the programs understand."""
 
 import importlib
 import re
@@ -10,6 +10,7 @@ import typer
 
 from benchmarks.arguments import read_batches, read_options, read_sizes
 from benchmarks.models import PRESETS
+from tests.loadtests.document import FRONTEND
 
 README = (Path(__file__).parent.parent.parent / "benchmarks" / "README.md").read_text()
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -28,7 +29,7 @@ def parse(command):
     return name, typer.main.get_command(app).make_context(name, arguments).params
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, FRONTEND.strip()])
 def test_a_command_parses(command):
     name, params = parse(command)
     if name == "benchmarks.engine":
