@@ -86,7 +86,7 @@ class HeadRunner:
     Args:
         network: is copied.
         rows: shared by all heads. Its buffer's size is that of the largest graph, its dtype the
-            one in which the head computes on a GPU.
+            one in which the head computes on a GPU (see `convert`); on a CPU it is float32.
         stream: where it will run.
 
     Attributes:
