@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,12 +81,12 @@ class Server:
 
     def wait_until_idle(self, seconds: float = 30) -> None:
         """Wait until the engine has no request, for some seconds at most."""
-        deadline = time.monotonic() + seconds
-        while any(
-            self.sum_metric(f"vllm:num_requests_{state}") for state in ("running", "waiting")
-        ):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        states = [f"vllm:num_requests_{state}" for state in ("running", "waiting")]
+        wait_until(lambda: not any(map(self.sum_metric, states)), seconds)
+
+    def wait_until_running(self, num_requests: int) -> None:
+        """Wait until the engine runs so many requests at once, which must be long enough for it."""
+        wait_until(lambda: self.sum_metric("vllm:num_requests_running") >= num_requests)
 
     def kill(self) -> None:
         self.http.close()
@@ -118,6 +118,14 @@ class Server:
             for sample in family.samples
             if sample.name == sample_name and labels.items() <= sample.labels.items()
         )
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Ask until it is so, for some seconds at most."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def find_free_port() -> int:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from deploy.grafana.queries import PrometheusAPI, read_panels
 from server.head_routes import ADMIN_KEY_HEADER, HEADS_PATH
 from tests.deploy.test_prometheus import ALERTS, RULES
 from tests.programs import require
-from tests.server.conftest import ADMIN_KEY, MODEL, find_free_port
+from tests.server.conftest import ADMIN_KEY, MODEL, find_free_port, wait_until
 
 pytestmark = pytest.mark.engine
 
@@ -92,13 +92,6 @@ def is_up(connection: httpx.Client) -> bool:
     except httpx.TransportError:
         return False
     return answer.is_success and len(answer.json()["data"]["result"]) == 1
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")

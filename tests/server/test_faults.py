@@ -19,12 +19,11 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from tests.server.collector import ENVIRONMENT, collecting, read_attributes
-from tests.server.conftest import BIN, ENGINE_OPTIONS, MODEL, running
+from tests.server.conftest import BIN, ENGINE_OPTIONS, MODEL, running, wait_until
 
 pytestmark = pytest.mark.engine
 
 COUNT = "adaptive_temperature_count"
-RUNNING = "vllm:num_requests_running"
 GRACE_S = 12
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 PARENT_ID = "b7ad6b7169203331"
@@ -177,9 +176,8 @@ def test_a_client_that_leaves_ends_its_request_and_what_it_cost_is_counted(site,
             assert isinstance(asked.exception(), httpx.ReadTimeout)
     # Generous for a busy machine: vLLM hears of it at once.
     server.wait_until_idle(seconds=5)
-    while len(lines := read_lines(site)) == num_lines:
-        time.sleep(0.05)
-    (line,) = lines[num_lines:]
+    wait_until(lambda: len(read_lines(site)) > num_lines)
+    (line,) = read_lines(site)[num_lines:]
     assert line["aborted"] and line["level"] == "info"
     assert line["status"] == (200 if stream else None)
     rise = server.sum_metric(COUNT) - before[0]
@@ -223,8 +221,7 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(site):
     before = server.sum_metric(COUNT)
     body = make_body(max_tokens=60, n=4, logprobs=20, adaptive={"report": "tokens"})
     with connect_slowly(server, body) as connection:
-        while not server.sum_metric(RUNNING):
-            time.sleep(0.05)
+        wait_until(lambda: server.sum_metric(COUNT) > before)
         server.wait_until_idle()
         assert server.post("/v1/completions", make_body()).is_success
         received = b""
@@ -306,15 +303,15 @@ def test_a_server_that_is_told_to_stop_lets_answers_end_and_takes_no_new_ones(si
     server = site.server
     children = server.children
     with ThreadPoolExecutor(4) as pool:
-        body = make_body(max_tokens=40)
-        short = pool.submit(stream, server, "/v1/completions", body)
-        whole = pool.submit(server.post, "/v1/completions", body)
         chat = "/v1/chat/completions"
         long = pool.submit(stream, server, chat, make_body(chat, max_tokens=1900))
         # How a reader whose buffers are full is left: test_shutdown.py.
         slow = connect_slowly(server, make_body(max_tokens=1900, n=8, logprobs=20))
-        while server.sum_metric(RUNNING) < 11:
-            time.sleep(0.05)
+        server.wait_until_running(9)
+        body = make_body(max_tokens=60)
+        short = pool.submit(stream, server, "/v1/completions", body)
+        whole = pool.submit(server.post, "/v1/completions", body)
+        server.wait_until_running(11)
         start = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         while server.get("/health").status_code != 503:
@@ -323,7 +320,7 @@ def test_a_server_that_is_told_to_stop_lets_answers_end_and_takes_no_new_ones(si
         assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
         assert short.result()[-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in short.result()[-2]
-        assert whole.result().json()["usage"]["completion_tokens"] == 40
+        assert whole.result().json()["usage"]["completion_tokens"] == 60
         assert server.process.wait(GRACE_S + 10) == 0
         # Generous beyond the grace time, for a machine that does something else.
         assert time.monotonic() - start < GRACE_S + 8
@@ -352,8 +349,7 @@ def test_an_engine_that_dies_ends_its_streams_and_the_server(model, heads, tmp_p
                 pool.submit(stream, server, path, make_body(path, max_tokens=1500))
                 for path in BODIES
             ]
-            while server.sum_metric(RUNNING) < 3:
-                time.sleep(0.05)
+            server.wait_until_running(3)
             (worker,) = [child for child in server.children if "Worker" in child.name()]
             worker.kill()
             ends = ["".join(future.result()[-3:]) for future in open_streams]

@@ -99,18 +99,17 @@ def test_several_api_processes_report_and_count_together(several):
 
 def test_several_api_processes_end_together_when_their_answers_have(several):
     body = {"model": MODEL, "prompt": "Once upon", "temperature": "adaptive", "ignore_eos": True}
-    body |= {"max_tokens": 60}
+    body |= {"max_tokens": 150}
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(several.post, "/v1/completions", body) for _ in range(6)]
-        while several.sum_metric("vllm:num_requests_running") < 6:
-            time.sleep(0.05)
+        several.wait_until_running(6)
         assert_ends(several, signal.SIGTERM)
         for answer in answers:
             (choice,) = answer.result().json()["choices"]
-            assert (choice["finish_reason"], choice["adaptive"]["tokens"]) == ("length", 60)
+            assert (choice["finish_reason"], choice["adaptive"]["tokens"]) == ("length", 150)
     lines = several.log.with_name("requests.jsonl").read_text().splitlines()
     counted = [json.loads(line)["completion_tokens"] for line in lines]
-    assert sorted(counted) == [*range(3, 15), *[60] * 6]
+    assert sorted(counted) == [*range(3, 15), *[150] * 6]
 
 
 def test_the_bare_command_serves_the_embedded_model_until_interrupted_twice(tmp_path):
