@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import State
+from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 
@@ -105,6 +106,8 @@ class AdaptiveEndpoints:
             extend_handler(getattr(state, name), handler_class, EngineProxy(engine_client))
         # Last, and seen by vLLM's launcher and probes only: what stops the server.
         state.engine_client = DrainingClient(engine_client, DRAIN)
+        # As vLLM's engine does once it is up. It asks the environment several times a token.
+        envs.enable_envs_cache()
 
 
 def extend_handler(handler: Any, handler_class: type[Any], proxy: EngineProxy) -> None:

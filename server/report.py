@@ -57,10 +57,12 @@ class ChoiceReport:
 
     def take_ready(self) -> list[float]:
         """Temperatures of the tokens that are in the response and not yet reported."""
+        first, self._num_sent = self._num_sent, self._num_ready
+        # Tokens that are not settled yet, and none of which brought a change.
+        if first >= len(self._micros) and (micro := self._reader.unchanged) is not None:
+            return [micro / MICRO] * (self._num_ready - first)
         self._settle()
-        micros = self._micros[self._num_sent : self._num_ready]
-        self._num_sent = self._num_ready
-        return [micro / MICRO for micro in micros]
+        return [micro / MICRO for micro in self._micros[first : self._num_ready]]
 
     def take_uncounted(self) -> Mapping[int, int]:
         """Tokens by temperature (millionths) since the last call."""

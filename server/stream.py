@@ -9,7 +9,7 @@ import msgspec
 from openai.types.responses import ResponseErrorEvent
 from vllm.logger import init_logger
 
-from server.report import ChoiceReport, Report
+from server.report import Report
 
 logger = init_logger("vllm.adaptive")
 
@@ -30,8 +30,11 @@ async def write_chunks(
         show_tokens: whether each chunk lists the temperatures of its tokens; the chunk that ends
             a choice always has its summary.
     """
-    # What a choice's chunks begin with, which is looked for again only where another one's comes.
+    # What a choice's chunks begin with, which is looked for again only where another one's comes,
+    # and what was last said of its tokens, which is often said again.
     prefix, choice = "", None
+    said: list[float] = []
+    text = ""
     async for chunk in chunks:
         is_finished = _FINISHED in chunk
         if not (show_tokens or is_finished):
@@ -43,23 +46,20 @@ async def write_chunks(
                 yield chunk
                 continue
             prefix, choice = chunk[: found.end()], report[int(found[1])]
-        if adaptive := _describe_chunk(choice, is_finished, show_tokens):
+        temperatures = choice.take_ready() if show_tokens else []
+        if is_finished:
+            adaptive = choice.describe(show_tokens=False)
+            if temperatures:
+                adaptive["temperatures"] = temperatures
+            said, text = [], f',"adaptive":{msgspec.json.encode(adaptive).decode()}'
+        elif temperatures != said:
+            # A list of floats is written in JSON as in Python.
+            said, text = temperatures, f',"adaptive":{{"temperatures":{temperatures}}}'
+        if temperatures or is_finished:
             # As text: to decode and encode every chunk would cost more than all else that we do.
-            yield f'{prefix[:-1]},"adaptive":{adaptive}{chunk[len(prefix) - 1 :]}'
+            yield f"{prefix[:-1]}{text}{chunk[len(prefix) - 1 :]}"
         else:
             yield chunk
-
-
-def _describe_chunk(choice: ChoiceReport, is_finished: bool, show_tokens: bool) -> str | None:
-    """The `adaptive` object of a chunk as JSON; None where there is nothing to say."""
-    temperatures = choice.take_ready() if show_tokens else ()
-    if is_finished:
-        adaptive = choice.describe(show_tokens=False)
-        if temperatures:
-            adaptive["temperatures"] = temperatures
-        return msgspec.json.encode(adaptive).decode()
-    # A list of floats is written in JSON as in Python.
-    return f'{{"temperatures":{temperatures}}}' if temperatures else None
 
 
 async def write_events(

@@ -151,6 +151,11 @@ class ChoiceReader:
             output.sampling_mask = None
         return num_new
 
+    @property
+    def unchanged(self) -> int | None:
+        """The choice (millionths) of all tokens since the last call of `take`, if they have one."""
+        return None if self._changes or self._micro == ORDINARY else self._micro
+
     def take(self) -> list[tuple[int, int]]:
         """The choices since the last call: millionths, in order, and for how many tokens each.
 

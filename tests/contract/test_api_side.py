@@ -47,8 +47,10 @@ from vllm.renderers import BaseRenderer
 from vllm.sampling_params import SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.metrics.stats import IterationStats
 
 from adaptive_head.options import EXTRA_ARGS_KEY, AdaptiveRequest, Options, resolve_options
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
@@ -486,6 +488,20 @@ def test_the_environment_variables_exist():
     """vLLM ignores one that it does not know."""
     names = ("VLLM_PLUGINS", "VLLM_USE_RUST_FRONTEND", "VLLM_USE_V2_MODEL_RUNNER")
     assert set(names) <= envs.environment_variables.keys()
+
+
+def test_the_environment_is_read_no_more_once_the_server_is_up(monkeypatch):
+    """As in the engine; what the API process asks of it at every token is then a dictionary's."""
+    assert_in_order(EngineCore.__init__, "self.model_executor = ", "enable_envs_cache()")
+    assert "envs.VLLM_COMPUTE_NANS_IN_LOGITS" in source(IterationStats.update_from_output)
+    assert_in_order(AdaptiveEndpoints.init_state, "extend_handler(", "envs.enable_envs_cache()")
+    envs.enable_envs_cache()
+    try:
+        monkeypatch.setenv("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
+        assert not envs.VLLM_COMPUTE_NANS_IN_LOGITS
+    finally:
+        envs.disable_envs_cache()
+    assert envs.VLLM_COMPUTE_NANS_IN_LOGITS
 
 
 # --- prometheus-client --------------------------------------------------------------------------

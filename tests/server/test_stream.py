@@ -1,5 +1,6 @@
 import asyncio
 import json
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -84,6 +85,37 @@ async def test_each_chunk_lists_the_temperatures_of_its_tokens():
     assert empty is None
     assert (end_1["temperatures"], end_1["tokens"], end_1["max"]) == ([0.0], 3, 0.7)
     assert (end_0["temperatures"], end_0["tokens"], end_0["max"]) == ([1.0], 2, 1.0)
+
+
+async def test_every_token_is_listed_once_however_its_temperatures_last():
+    """Choices whose numbers begin alike, in turns that are drawn; now and then a chunk waits."""
+    draw = random.Random(0)
+    report = make_report({"report": "tokens"}, num_choices=13)
+    prompt_report = report.begin_prompt()
+    wanted: dict[int, list[float]] = {0: [], 1: [], 12: []}
+    found: dict[int, list[float]] = {index: [] for index in wanted}
+
+    def feed_next(index):
+        last = wanted[index][-1:] or [0.3]
+        temperatures = [draw.choice([0.0, 0.3, 1.0, *last * 9]) for _ in range(draw.randint(0, 2))]
+        wanted[index] += temperatures
+        feed(prompt_report, (index, temperatures, None))
+
+    def chunk(index):
+        def make():
+            for _ in range(draw.randint(1, 2)):
+                feed_next(index)
+            return chunk_of(index)
+
+        return make
+
+    indices = [draw.choice([*wanted]) for _ in range(600)]
+    written = await write(report, *map(chunk, indices))
+    for index, event in zip(indices, written, strict=True):
+        assert read(event)["choices"][0]["index"] == index
+        found[index] += (adaptive_of(event) or {"temperatures": []})["temperatures"]
+    assert found == wanted
+    assert sum(map(len, wanted.values())) > 600
 
 
 async def test_tokens_of_outputs_that_became_no_chunk_go_with_the_next():
