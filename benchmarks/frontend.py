@@ -1,15 +1,18 @@
 """Our front end against stock vLLM's: requests per second and latency at saturation.
 
-Two servers run the same engine without a model (`python -m loadtests mock-server`, whose tokens
-come at once), the one with our plugin, the other without. Blocks of the same requests go to them in
-turns, so that whatever else the machine does meets both alike. The servers share one core, of which
-only one has work at a time; the client has another.
+Two servers run the same engine, the one with our plugin, the other stock vLLM's. Blocks of the same
+requests go to them in turns, so that whatever else the machine does meets both alike.
 
-The mock engine lives in the API process, and encodes and decodes each step's outputs as the message
-between a real engine and that process is. The decoding belongs there. The mock's own work does not,
-and is in both servers' figures; to choose and encode a temperature comes on top of ours. That is
-next to nothing where temperatures last, and most in "adaptive, token-level", where one is drawn for
-every token.
+The `mock` engine has no model, and its tokens come at once (`python -m loadtests mock-server`), so
+that the front end is what limits the server. The servers share one core, of which only one has work
+at a time; the client has another. It lives in the API process, and encodes and decodes each step's
+outputs as the message between a real engine and that process is. The decoding belongs there. The
+mock's own work does not, and is in both servers' figures; to choose and encode a temperature comes
+on top of ours. That is next to nothing where temperatures last, and most in "adaptive,
+token-level", where one is drawn for every token.
+
+The `tiny` engine is a real one in another process. Where that keeps up with the front end, on a GPU
+beside several cores, the figures are the front end's; elsewhere the engine's.
 """
 
 import asyncio
@@ -17,10 +20,8 @@ import contextlib
 import json
 import os
 import random
-import subprocess
-import sys
+import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,14 +31,14 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.overhead import find_port, wait_until_ready
+from benchmarks.servers import Engine, Server, make_commands, start
 from loadtests.ratios import bootstrap_ratio
 
 PROMPT = "Write a short story about a lighthouse keeper who finds a letter."
-STOCK = "stock"
+STOCK, ORDINARY = "stock", "ordinary"
 # What is asked of our server; stock answers the first to each.
 ADAPTIVE: dict[str, dict[str, Any]] = {
-    "ordinary": {"temperature": 0.7},
+    ORDINARY: {"temperature": 0.7},
     "adaptive, no report": {"temperature": "adaptive", "adaptive": {"report": "none"}},
     "adaptive, summary": {"temperature": "adaptive"},
     "adaptive, tokens": {"temperature": "adaptive", "adaptive": {"report": "tokens"}},
@@ -66,19 +67,23 @@ def main(
     num_requests: Annotated[int, typer.Option(help="Of a block.")] = 256,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
     stream: Annotated[bool, typer.Option(help="Stream the answers.")] = False,
+    engine: Annotated[Engine, typer.Option(help="None, or a model of two layers.")] = "mock",
     out: Annotated[Path | None, typer.Option(help="Write every block to this JSON file.")] = None,
 ) -> None:
     """Print the ratios of our front end to stock's as JSON, with 95 % intervals."""
-    cores = sorted(os.sched_getaffinity(0))
-    with start_server(is_stock=False) as ours, start_server(is_stock=True) as stock:
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        ours, stock = (stack.enter_context(start(c)) for c in make_commands(engine, folder))
         for server in (ours, stock):
             server.wait_until_ready()
-            server.pin(cores[-1])
-        os.sched_setaffinity(0, {cores[0]})
+        is_mock = engine == "mock"
+        if is_mock:
+            share_cores(ours, stock)
         blocks = asyncio.run(
-            measure(ours, stock, num_pairs, concurrency, num_requests, max_tokens, stream)
+            measure(ours, stock, num_pairs, concurrency, num_requests, max_tokens, stream, is_mock)
         )
     result: dict[str, Any] = {
+        "engine": engine,
         "num_pairs": num_pairs,
         "concurrency": concurrency,
         "max_tokens": max_tokens,
@@ -87,6 +92,11 @@ def main(
             kind: {name: compare(blocks, kind, name) for name in asdict(blocks[0][kind])}
             for kind in ADAPTIVE
         },
+        "ratios_to_ordinary": {
+            kind: {name: compare(blocks, kind, name, ORDINARY) for name in asdict(blocks[0][kind])}
+            for kind in ADAPTIVE
+            if kind != ORDINARY
+        },
     }
     print(json.dumps(result, indent=1))
     if out is not None:
@@ -94,56 +104,25 @@ def main(
         out.write_text(json.dumps({**result, "blocks": raw}, indent=1))
 
 
-def compare(blocks: list[dict[str, Block]], kind: str, measure: str) -> dict[str, Any]:
+def share_cores(ours: Server, stock: Server) -> None:
+    """One core for the servers, and another for the client, which is this process."""
+    cores = sorted(os.sched_getaffinity(0))
+    for server in (ours, stock):
+        server.pin(cores[-1])
+    os.sched_setaffinity(0, {cores[0]})
+
+
+def compare(
+    blocks: list[dict[str, Block]], kind: str, measure: str, base: str = STOCK
+) -> dict[str, Any]:
     """Ratio of a measure to stock's, with its interval, and the medians of the difference."""
-    pairs = [(getattr(one[kind], measure), getattr(one[STOCK], measure)) for one in blocks]
-    ratio = bootstrap_ratio([ours / stock for ours, stock in pairs], seed=0)
+    pairs = [(getattr(one[kind], measure), getattr(one[base], measure)) for one in blocks]
+    ratio = bootstrap_ratio([a / b for a, b in pairs], seed=0)
     return {
         "ratio": round(ratio.mean, 4),
         "interval_95": [round(ratio.low, 4), round(ratio.high, 4)],
         "median_difference": float(f"{np.median([a - b for a, b in pairs]):.3g}"),
     }
-
-
-@dataclass(frozen=True)
-class Server:
-    """A server that runs, and its API process."""
-
-    port: int
-    process: subprocess.Popen[bytes]
-
-    def wait_until_ready(self) -> None:
-        """Wait until it answers."""
-        wait_until_ready(self.process, f"http://127.0.0.1:{self.port}")
-
-    def pin(self, core: int) -> None:
-        """Keep all its threads, and those that they start, on one core."""
-        for thread in Path(f"/proc/{self.process.pid}/task").iterdir():
-            os.sched_setaffinity(int(thread.name), {core})
-
-    def cpu_seconds(self) -> float:
-        """Processor time so far."""
-        # A process's clock, by the number that Linux gives it. /proc counts in hundredths of a
-        # second.
-        return time.clock_gettime((~self.process.pid << 3) | 2)
-
-
-@contextlib.contextmanager
-def start_server(is_stock: bool) -> Iterator[Server]:
-    """A mock server on a free port, until the block ends."""
-    port = find_port()
-    command = [sys.executable, "-m", "loadtests", "mock-server", "--ttft", "0", "--itl", "0"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "1024"]
-    command += ["--disable-uvicorn-access-log", *(["--stock"] if is_stock else [])]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        yield Server(port, process)
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 async def measure(
@@ -154,8 +133,10 @@ async def measure(
     num_requests: int,
     max_tokens: int,
     stream: bool,
+    is_polling: bool,
 ) -> list[dict[str, Block]]:
     """A block of every kind for each pair, in an order that is drawn anew."""
+    awake = asyncio.create_task(stay_awake()) if is_polling else None
     body = {
         "model": await find_model(ours.port),
         "messages": [{"role": "user", "content": PROMPT}],
@@ -180,6 +161,8 @@ async def measure(
         there = {kind: await run(kind) for kind in order}
         back = {kind: await run(kind) for kind in reversed(order)}
         blocks.append({kind: average(there[kind], back[kind]) for kind in kinds})
+    if awake is not None:
+        awake.cancel()
     return blocks
 
 
@@ -209,20 +192,18 @@ async def run_block(server: Server, body: bytes, concurrency: int, num_requests:
             latencies.append(time.perf_counter() - begin)
         writer.close()
 
-    awake = asyncio.create_task(stay_awake())
     cpu, start = server.cpu_seconds(), time.perf_counter()
     await asyncio.gather(*(ask() for _ in range(concurrency)))
     seconds = time.perf_counter() - start
     cpu = server.cpu_seconds() - cpu
-    awake.cancel()
     return Block(num_requests / seconds, float(np.median(latencies)), cpu / num_requests)
 
 
 async def stay_awake() -> None:
     """Poll the connections without a pause.
 
-    To wake a client that sleeps is the kernel's work in the server's name, and a slower server's
-    client would sleep more often.
+    Where the client has a core of its own. To wake a client that sleeps is the kernel's work in the
+    server's name, and a slower server's client would sleep more often.
     """
     while True:
         await asyncio.sleep(0)

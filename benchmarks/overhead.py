@@ -7,9 +7,6 @@ Runs in turns against one server, so that whatever else the machine does meets b
 import asyncio
 import contextlib
 import json
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -19,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.servers import OURS, start
 from loadtests.ratios import bootstrap_ratio
 
 PROMPT = "Write a short story about a lighthouse keeper who finds a letter."
@@ -64,36 +62,10 @@ def main(
 
 @contextlib.contextmanager
 def start_server() -> Iterator[str]:
-    """`adaptive-serve` on a free port, until the block ends."""
-    port = find_port()
-    command = [sys.executable, "-m", "server.cli", "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen([*command, "--no-enable-prefix-caching"], stdout=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_ready(server, address)
-        yield address
-    finally:
-        server.terminate()
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            server.kill()
-
-
-def find_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], address: str) -> None:
-    while server.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{address}/health").is_success:
-                return
-        time.sleep(1)
-    raise SystemExit(f"the server ended with {server.returncode} before it was ready")
+    """The address of an `adaptive-serve` that runs until the block ends."""
+    with start([*OURS, "--no-enable-prefix-caching"]) as server:
+        server.wait_until_ready()
+        yield server.url
 
 
 async def measure(
