@@ -2,7 +2,8 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -53,20 +54,47 @@ def networks(heads) -> dict[str, AdaptiveHead]:
     return {name: load_head(folder).network for name, folder in heads.items()}
 
 
+class Engines:
+    """Runs batches of requests through tiny engines, once for each configuration.
+
+    An engine keeps one core busy, so two run at a time: whatever a test will ask for can be begun
+    while another one waits.
+    """
+
+    def __init__(self, pool: Executor, model: Path, heads: dict[str, Path], folder: Path) -> None:
+        self._pool, self._model, self._heads, self._folder = pool, model, heads, folder
+        self._results: dict[str, Future[dict]] = {}
+
+    def begin(self, runner: str, worker: str, batches: list, **engine: object) -> Future[dict]:
+        key = json.dumps([runner, worker, batches, engine])
+        if key not in self._results:
+            config = make_config(self._model, self._heads, runner, worker) | engine
+            scenario = {"engine": config, "batches": batches}
+            result = self._folder / f"{len(self._results)}.json"
+            arguments = "tests.engine.scenario", runner, scenario, result
+            self._results[key] = self._pool.submit(run_module, *arguments)
+        return self._results[key]
+
+    def __call__(self, runner: str, worker: str, batches: list, **engine: object) -> dict:
+        return self.begin(runner, worker, batches, **engine).result()
+
+
 @pytest.fixture(scope="session")
-def run_engine(tiny_model, heads, tmp_path_factory):
-    """Runs batches of requests through a tiny engine, once for each configuration."""
+def engine_pool() -> Iterator[Executor]:
+    pool = ThreadPoolExecutor(2)
+    yield pool
+    pool.shutdown(cancel_futures=True)
 
-    @cache
-    def run(runner: str, worker: str, batches: str, engine: str) -> dict:
-        config = make_config(tiny_model, heads, runner, worker) | json.loads(engine)
-        result = tmp_path_factory.mktemp("result") / "result.json"
-        scenario = {"engine": config, "batches": json.loads(batches)}
-        return run_module("tests.engine.scenario", runner, scenario, result)
 
-    return lambda runner, worker, batches, **engine: run(
-        runner, worker, json.dumps(batches), json.dumps(engine)
-    )
+@pytest.fixture(scope="session")
+def run_engine(engine_pool, tiny_model, heads, tmp_path_factory) -> Engines:
+    return Engines(engine_pool, tiny_model, heads, tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(scope="module")
+def is_whole(request) -> bool:
+    """Whether all tests of a module run, and not one that somebody looks at."""
+    return sum(item.path == request.path for item in request.session.items) > 3
 
 
 def make_config(model: Path, heads: dict[str, Path], runner: str, worker: str) -> dict:

@@ -174,6 +174,16 @@ ENGINES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def begin_all(run_engine, is_whole):
+    """Two engines at a time, in the order of the tests."""
+    for name in BATCHES if is_whole else ():
+        for runner in RUNNERS:
+            run_engine.begin(runner, "adaptive", BATCHES[name], **ENGINES[name])
+            if name == "plain":
+                run_engine.begin(runner, "stock", [ORDINARY])
+
+
 @pytest.fixture(params=RUNNERS)
 def serve(request, run_engine):
     """The answers of one of the configurations."""

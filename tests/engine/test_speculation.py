@@ -45,27 +45,40 @@ SAMPLED = [adaptive(REPEATING[0], seed=4, options={"select": "sample"})]
 METHODS = ("ngram", "draft_model", "eagle")
 
 
-@pytest.fixture(params=METHODS)
-def speculate(request, run_engine, tiny_model, tmp_path_factory):
-    """Runs batches with drafts of one kind."""
-    method = request.param
-    config = {"method": method, "num_speculative_tokens": NUM_DRAFTS}
-    if method == "ngram":
-        config |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
-    elif method == "draft_model":
-        config |= {"model": str(tiny_model)}
-    else:
-        folder = tmp_path_factory.getbasetemp() / "eagle"
-        draft = folder if folder.exists() else make_tiny_eagle(folder, tiny_model)
+BATCHES = [MIXED + WORDS, PHASES[:2], SAMPLED]
+PREEMPTED = [SEQUENCES, PHASES, LOGPROBS]
+PREEMPTING = {"num_gpu_blocks_override": 11, "logprobs_mode": "processed_logprobs"}
+
+
+@pytest.fixture(scope="module")
+def configs(tiny_model, tmp_path_factory) -> dict[str, dict]:
+    """vLLM's configurations of drafts."""
+    draft = make_tiny_eagle(tmp_path_factory.mktemp("drafts") / "eagle", tiny_model)
+    kinds = {
+        "ngram": {"prompt_lookup_min": 1, "prompt_lookup_max": 3},
+        "draft_model": {"model": str(tiny_model)},
         # Drawn from its distribution, so that its probabilities take part in the verification.
-        config |= {"model": str(draft), "draft_sample_method": "probabilistic"}
-    return lambda batches, **engine: run_engine(
-        "v2", "adaptive", batches, speculative_config=config, **engine
-    )
+        "eagle": {"model": str(draft), "draft_sample_method": "probabilistic"},
+    }
+    return {
+        method: {"method": method, "num_speculative_tokens": NUM_DRAFTS} | fields
+        for method, fields in kinds.items()
+    }
 
 
-def test_every_policy_in_one_batch_is_aligned(speculate, model_of, networks):
-    result = speculate([MIXED + WORDS, PHASES[:2], SAMPLED])
+@pytest.fixture(scope="module", autouse=True)
+def begin_all(run_engine, configs, is_whole):
+    for config in configs.values() if is_whole else ():
+        run_engine.begin("v2", "adaptive", BATCHES, speculative_config=config)
+    if is_whole:
+        run_engine.begin(
+            "v2", "adaptive", PREEMPTED, speculative_config=configs["ngram"], **PREEMPTING
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_policy_in_one_batch_is_aligned(method, run_engine, configs, model_of, networks):
+    result = run_engine("v2", "adaptive", BATCHES, speculative_config=configs[method])
     assert 0 < result["num_accepted"] < result["num_drafts"]
     mixed, rewritten, ((answer,),) = result["answers"]
     for request, (aligned,) in zip(MIXED + WORDS, mixed, strict=True):
@@ -82,13 +95,9 @@ def test_every_policy_in_one_batch_is_aligned(speculate, model_of, networks):
     assert num_tokens <= counted["tok"] <= num_tokens + 5 * NUM_DRAFTS
 
 
-@pytest.mark.parametrize("speculate", ["ngram"], indirect=True)
-def test_choices_phases_and_logprobs_survive_preemption(speculate, model_of, networks):
-    result = speculate(
-        [SEQUENCES, PHASES, LOGPROBS],
-        num_gpu_blocks_override=11,
-        logprobs_mode="processed_logprobs",
-    )
+def test_choices_phases_and_logprobs_survive_preemption(run_engine, configs, model_of, networks):
+    config = configs["ngram"]
+    result = run_engine("v2", "adaptive", PREEMPTED, speculative_config=config, **PREEMPTING)
     assert result["num_preemptions"] > 2
     sequences, rewritten, logprobs = result["answers"]
     for request, (answer,) in zip(SEQUENCES, sequences, strict=True):

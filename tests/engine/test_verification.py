@@ -31,12 +31,11 @@ TARGET = numbers.normal(size=(VOCAB_SIZE, VOCAB_SIZE)) * 1.2
 DRAFT = TARGET + numbers.normal(size=(VOCAB_SIZE, VOCAB_SIZE)) * 0.8
 
 
-@pytest.fixture(
-    scope="module", params=[("likely", "standard"), ("drawn", "standard"), ("drawn", "block")]
-)
-def verified(request):
+CASES = [("likely", "standard"), ("drawn", "standard"), ("drawn", "block")]
+
+
+def verify(kind: str, method: str) -> dict:
     """Tokens, temperatures and counts of one step of many requests."""
-    kind, method = request.param
     case = {
         "kind": kind,
         "method": method,
@@ -59,6 +58,16 @@ def verified(request):
     )
     assert process.returncode == 0, process.stderr[-4000:]
     return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def steps(engine_pool):
+    return {case: engine_pool.submit(verify, *case) for case in CASES}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def verified(request, steps):
+    return steps[request.param].result()
 
 
 def law(temperatures: list[float], token: int) -> np.ndarray:

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,14 +35,36 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-@pytest.mark.parametrize("name", ["constrained", "losses", "mix", "repeats", "voting"])
-def test_it_runs_from_nothing_to_a_table(name: str, tmp_path: Path) -> None:
-    output = finish(start(name, tmp_path))
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory) -> Iterator[dict[str, Future[tuple[Path, str]]]]:
+    """All that tests ask for, two at a time: a run keeps one core busy."""
+
+    def run(name: str) -> tuple[Path, str]:
+        out = tmp_path_factory.mktemp(name)
+        return out, finish(start(name, out))
+
+    names = {item.callspec.params["name"] for item in request.session.items if is_of_a_run(item)}
+    pool = ThreadPoolExecutor(2)
+    yield {name: pool.submit(run, name) for name in sorted(names)}
+    pool.shutdown(cancel_futures=True)
+
+
+def is_of_a_run(item: pytest.Item) -> bool:
+    return "runs" in getattr(item, "fixturenames", ())
+
+
+# The fifth, voting, is killed first: see below.
+@pytest.mark.parametrize("name", ["constrained", "losses", "mix", "repeats"])
+def test_it_runs_from_nothing_to_a_table(name: str, runs) -> None:
+    assert_complete(name, *runs[name].result())
+
+
+def assert_complete(name: str, out: Path, output: str) -> None:
     experiment = read_experiment(FOLDER / f"{name}.yaml").shrink()
-    table = (tmp_path / "evaluation" / "results.md").read_text()
-    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    table = (out / "evaluation" / "results.md").read_text()
+    results = json.loads((out / "evaluation" / "results.json").read_text())
     for head in experiment.heads:
-        metadata = load_head(tmp_path / "heads" / head / "head").metadata
+        metadata = load_head(out / "heads" / head / "head").metadata
         assert metadata.trained
         assert metadata.training
         assert metadata.training["provenance"]["experiment"]["name"] == name
@@ -48,7 +72,7 @@ def test_it_runs_from_nothing_to_a_table(name: str, tmp_path: Path) -> None:
         assert head in output
         assert head in json.dumps(results)
     assert "MeanShift" in table
-    assert list((tmp_path / "evaluation").glob("*.png"))
+    assert list((out / "evaluation").glob("*.png"))
 
 
 def test_a_killed_run_goes_on_and_a_finished_one_does_nothing(tmp_path: Path) -> None:
@@ -59,7 +83,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_does_nothing(tmp_path: Path) ->
     time.sleep(1)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    finish(start("voting", tmp_path))
+    assert_complete("voting", tmp_path, finish(start("voting", tmp_path)))
     experiment = read_experiment(FOLDER / "voting.yaml").shrink()
     num_prompts = sum(task.prompts.num_train for task in experiment.tasks.values())
     for folder in (tmp_path / "rollouts").iterdir():
