@@ -16,6 +16,7 @@ from server.report import Report
 # For clients that cannot send a string as temperature: a model's name with this at its end.
 MODEL_SUFFIX = ":adaptive"
 MAX_SEED = (1 << 63) - 1
+_NO_OPTIONS = AdaptiveRequest()
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def admit(request: AdaptiveFields, raw_request: Request) -> None:
         is_default = state.adaptive_by_default and request.temperature is None
         if not is_default or is_adapted or is_beam_search:
             return
-    options = request.adaptive or AdaptiveRequest()
+    options = request.adaptive or _NO_OPTIONS
     try:
         resolved = resolve_options(
             options, state.heads.by_name, state.heads.default, state.tokenize_marker

@@ -59,11 +59,8 @@ class AdaptiveFields(BaseModel):
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
         """vLLM's conversion, once a prompt; an adaptive request's parameters carry its report."""
         params: SamplingParams = super().to_sampling_params(*args, **kwargs)  # type: ignore[misc]
-        if self._report is not None:
-            params.extra_args = {
-                **(params.extra_args or {}),
-                EXTRA_ARGS_KEY: self._report.begin_prompt(),
-            }
+        if (report := self._report) is not None:
+            params.extra_args = {**(params.extra_args or {}), EXTRA_ARGS_KEY: report.begin_prompt()}
         return params
 
 

@@ -18,31 +18,31 @@ _MAX_UNCOUNTED_TOKENS = 32
 
 
 class ChoiceReport:
-    """The temperatures of one answer (one `choice` of a response)."""
+    """The temperatures of one answer (one `choice` of a response).
+
+    Attributes:
+        reader: takes them off the engine's outputs.
+    """
 
     def __init__(self, options: Options, detail: ReportDetail) -> None:
         self._options = options
         self._detail = detail
-        self._reader = ChoiceReader()
+        self.reader = ChoiceReader()
         # By temperature, in millionths.
         self._num_tokens: dict[int, int] = {}
         self._uncounted: dict[int, int] = {}
         self._micros: list[int] = []
         self._num_sent = 0
-        self._num_ready = 0
+        self._num_held = 0
 
-    def begin(self) -> None:
-        """The engine begins to generate, for tool calls not for the first time."""
+    def restart(self) -> None:
+        """The engine generates again, for tool calls."""
         self._settle()
-        self._reader = ChoiceReader()
+        self.reader.restart()
 
-    def read(self, completion: CompletionOutput) -> int:
-        """Take the temperatures off an output. Returns how many new tokens it has."""
-        return self._reader.read(completion)
-
-    def mark_ready(self, num_tokens: int) -> None:
-        """The response is being built from this many more tokens."""
-        self._num_ready += num_tokens
+    def hold(self, num_tokens: int) -> None:
+        """So many more tokens are not to be reported before the response is built from them."""
+        self._num_held += num_tokens
 
     @property
     def num_tokens(self) -> Mapping[int, int]:
@@ -57,12 +57,13 @@ class ChoiceReport:
 
     def take_ready(self) -> list[float]:
         """Temperatures of the tokens that are in the response and not yet reported."""
-        first, self._num_sent = self._num_sent, self._num_ready
+        first, end = self._num_sent, self.reader.num_tokens - self._num_held
+        self._num_sent = end
         # Tokens that are not settled yet, and none of which brought a change.
-        if first >= len(self._micros) and (micro := self._reader.unchanged) is not None:
-            return [micro / MICRO] * (self._num_ready - first)
+        if first >= len(self._micros) and (micro := self.reader.unchanged) is not None:
+            return [micro / MICRO] * (end - first)
         self._settle()
-        return [micro / MICRO for micro in self._micros[first : self._num_ready]]
+        return [micro / MICRO for micro in self._micros[first:end]]
 
     def take_uncounted(self) -> Mapping[int, int]:
         """Tokens by temperature (millionths) since the last call."""
@@ -72,7 +73,7 @@ class ChoiceReport:
 
     def _settle(self) -> None:
         """Count what has been read. Not at every token: most have the temperature before theirs."""
-        for micro, count in self._reader.take():
+        for micro, count in self.reader.take():
             self._num_tokens[micro] = self._num_tokens.get(micro, 0) + count
             self._uncounted[micro] = self._uncounted.get(micro, 0) + count
             if self._detail == "tokens":
@@ -114,6 +115,9 @@ class Report:
     """The temperatures of a whole response: `num_choices` answers for each of its prompts.
 
     `head` is only held: the engine keeps a head for as long as somebody does.
+
+    Attributes:
+        has_several_prompts: whether the response merges the outputs of several prompts.
     """
 
     def __init__(
@@ -130,17 +134,14 @@ class Report:
         self._metrics = metrics
         self._head = head
         self._choices: list[ChoiceReport] = []
+        self.has_several_prompts = False
 
     def begin_prompt(self) -> "PromptReport":
         """The next prompt of the request is about to be generated."""
         choices = [ChoiceReport(self.options, self.detail) for _ in range(self._num_choices)]
+        self.has_several_prompts = bool(self._choices)
         self._choices += choices
         return PromptReport(self, choices, self._metrics)
-
-    @property
-    def has_several_prompts(self) -> bool:
-        """Whether the response merges the outputs of several prompts."""
-        return len(self._choices) > self._num_choices
 
     def __getitem__(self, index: int) -> ChoiceReport:
         """The report of the response's choice `index`."""
@@ -160,6 +161,7 @@ class PromptReport:
         self._choices = choices
         self._metrics = metrics
         self._num_uncounted = 0
+        self._has_begun = False
         self._is_first = True
 
     def __repr__(self) -> str:
@@ -170,27 +172,23 @@ class PromptReport:
         """The prompt is handed to the engine."""
         self._metrics.count_request(self.options)
         self._is_first = True
-        for choice in self._choices:
-            choice.begin()
+        for choice in self._choices if self._has_begun else ():
+            choice.restart()
+        self._has_begun = True
 
     def read(self, output: RequestOutput) -> None:
         """Take the temperatures off an output, count them, and remember them."""
-        is_listed = self.detail == "tokens"
-        # Between the first output and its use a chat's stream sends chunks that name the role.
-        is_ahead = is_listed and (self._is_first or self._report.has_several_prompts)
-        self._is_first = False
         for completion in output.outputs:
             choice = self._choices[completion.index]
-            num_new = choice.read(completion)
-            self._num_uncounted += num_new
-            if is_listed and not is_ahead:
-                choice.mark_ready(num_new)
-            is_answer = completion.finish_reason not in (None, "abort")
-            if is_answer and (mean := choice.mean) is not None:
+            self._num_uncounted += choice.reader.read(completion)
+            is_end = completion.finish_reason is not None
+            if is_end and completion.finish_reason != "abort" and (mean := choice.mean) is not None:
                 self._metrics.count_answer(self.options, mean)
         if self._num_uncounted >= _MAX_UNCOUNTED_TOKENS or output.finished:
             self.flush()
-        if is_ahead:
+        # Between the first output and its use a chat's stream sends chunks that name the role.
+        if self.detail == "tokens" and (self._is_first or self._report.has_several_prompts):
+            self._is_first = False
             output.outputs = _Outputs(output.outputs, self._choices)
 
     def count_into(self, num_tokens: Counter[int]) -> None:
@@ -207,7 +205,7 @@ class PromptReport:
 
 
 class _Outputs(list[CompletionOutput]):
-    """Outputs that note when a response is built from them.
+    """Outputs whose tokens are held until a response is built from them.
 
     vLLM's merging of several prompts reads one output ahead of the chunk that is being sent, so
     that the arrival of a token says nothing about the chunk it will be in; its use does.
@@ -216,20 +214,22 @@ class _Outputs(list[CompletionOutput]):
     def __init__(self, outputs: list[CompletionOutput], choices: list[ChoiceReport]) -> None:
         super().__init__(outputs)
         self._choices: list[ChoiceReport] | None = choices
+        for output in outputs:
+            choices[output.index].hold(len(output.token_ids))
 
     def __iter__(self) -> Iterator[CompletionOutput]:
-        self._mark_ready()
+        self._release()
         return super().__iter__()
 
     def __getitem__(self, position: Any) -> Any:
-        self._mark_ready()
+        self._release()
         return super().__getitem__(position)
 
-    def _mark_ready(self) -> None:
+    def _release(self) -> None:
         choices, self._choices = self._choices, None
         if choices is not None:
             for output in super().__iter__():
-                choices[output.index].mark_ready(len(output.token_ids))
+                choices[output.index].hold(-len(output.token_ids))
 
 
 def summarise(reports: Sequence[PromptReport]) -> dict[str, Any]:

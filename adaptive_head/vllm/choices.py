@@ -125,12 +125,17 @@ class ChoiceSender:
 
 
 class ChoiceReader:
-    """Reads the choices of one answer's tokens, output by output."""
+    """Reads the choices of one answer's tokens, output by output.
 
-    __slots__ = ("_changes", "_micro", "_num_taken", "_num_tokens")
+    Attributes:
+        num_tokens: how many there are so far.
+    """
+
+    __slots__ = ("_begin", "_changes", "_micro", "_num_taken", "num_tokens")
 
     def __init__(self) -> None:
-        self._num_tokens = 0
+        self.num_tokens = 0
+        self._begin = 0
         self._num_taken = 0
         self._micro = ORDINARY
         # (choice, position of its first token), since the last call of `take`.
@@ -145,7 +150,7 @@ class ChoiceReader:
             How many new tokens there are.
         """
         num_new = len(output.token_ids)
-        self._num_tokens += num_new
+        self.num_tokens += num_new
         if output.sampling_mask is not None:
             self._changes += filter(None, output.sampling_mask.token_ids)
             output.sampling_mask = None
@@ -156,6 +161,10 @@ class ChoiceReader:
         """The choice (millionths) of all tokens since the last call of `take`, if they have one."""
         return None if self._changes or self._micro == ORDINARY else self._micro
 
+    def restart(self) -> None:
+        """The answer goes on with another one, whose positions begin at 0; all has been taken."""
+        self._begin, self._micro = self.num_tokens, ORDINARY
+
     def take(self) -> list[tuple[int, int]]:
         """The choices since the last call: millionths, in order, and for how many tokens each.
 
@@ -164,14 +173,15 @@ class ChoiceReader:
         """
         begin, runs = self._num_taken, []
         # At once, so that what is wrong is told once.
-        changes, self._changes, self._num_taken = self._changes, [], self._num_tokens
+        changes, self._changes, self._num_taken = self._changes, [], self.num_tokens
         for micro, position in changes:
-            assert begin <= position < self._num_tokens, "a temperature came without its token"
-            if begin < position:
-                runs.append((self._micro, position - begin))
-            self._micro, begin = micro, position
-        if begin < self._num_tokens:
-            runs.append((self._micro, self._num_tokens - begin))
+            place = self._begin + position
+            assert begin <= place < self.num_tokens, "a temperature came without its token"
+            if begin < place:
+                runs.append((self._micro, place - begin))
+            self._micro, begin = micro, place
+        if begin < self.num_tokens:
+            runs.append((self._micro, self.num_tokens - begin))
         assert not runs or runs[0][0] != ORDINARY, "a token came without temperature"
         return runs
 
