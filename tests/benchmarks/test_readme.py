@@ -43,6 +43,7 @@ def test_there_are_commands_for_every_program():
     assert {parse(command)[0] for command in COMMANDS} == {
         "benchmarks.engine",
         "benchmarks.overhead",
+        "benchmarks.frontend",
         "benchmarks.carrier",
         "benchmarks.head",
     }

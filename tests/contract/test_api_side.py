@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import gc
 import inspect
 from importlib.metadata import entry_points
 from typing import get_args
@@ -64,7 +65,7 @@ from server.handlers import (
 )
 from server.head_routes import HEADS_PATH
 from server.metrics import AdaptiveMetrics, CountedHistogram
-from server.plugin import AdaptiveEndpoints, require_engine_side
+from server.plugin import AdaptiveEndpoints, require_engine_side, spare_the_loop
 from server.protocol import (
     AdaptiveChatCompletionRequest,
     AdaptiveCompletionRequest,
@@ -494,14 +495,30 @@ def test_the_environment_is_read_no_more_once_the_server_is_up(monkeypatch):
     """As in the engine; what the API process asks of it at every token is then a dictionary's."""
     assert_in_order(EngineCore.__init__, "self.model_executor = ", "enable_envs_cache()")
     assert "envs.VLLM_COMPUTE_NANS_IN_LOGITS" in source(IterationStats.update_from_output)
-    assert_in_order(AdaptiveEndpoints.init_state, "extend_handler(", "envs.enable_envs_cache()")
-    envs.enable_envs_cache()
+    assert_in_order(AdaptiveEndpoints.init_state, "extend_handler(", "spare_the_loop()")
+    thresholds = gc.get_threshold()
+    spare_the_loop()
     try:
         monkeypatch.setenv("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
         assert not envs.VLLM_COMPUTE_NANS_IN_LOGITS
     finally:
         envs.disable_envs_cache()
+        gc.set_threshold(*thresholds)
     assert envs.VLLM_COMPUTE_NANS_IN_LOGITS
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((700, 10, 10), (20_000, 10, 10)), ((0, 5, 5), (0, 5, 5))]
+)
+def test_the_collector_comes_more_seldom_where_somebody_has_not_settled_it(before, after):
+    thresholds = gc.get_threshold()
+    gc.set_threshold(*before)
+    try:
+        spare_the_loop()
+        assert gc.get_threshold() == after
+    finally:
+        gc.set_threshold(*thresholds)
+        envs.disable_envs_cache()
 
 
 # --- prometheus-client --------------------------------------------------------------------------
