@@ -1,7 +1,9 @@
 """Our front end against stock vLLM's: requests per second and latency at saturation.
 
 Two servers run the same engine, the one with our plugin, the other stock vLLM's. Blocks of the same
-requests go to them in turns, so that whatever else the machine does meets both alike.
+requests go to them in turns, so that whatever else the machine does meets both alike. Both start
+several times, because one start of a server can be some percent faster than the next: intervals are
+over starts.
 
 The `mock` engine has no model, and its tokens come at once (`python -m loadtests mock-server`), so
 that the front end is what limits the server. The servers share one core, of which only one has work
@@ -62,28 +64,35 @@ class Block:
 
 
 def main(
-    num_pairs: Annotated[int, typer.Option(help="Pairs of blocks.", min=2)] = 20,
+    num_starts: Annotated[int, typer.Option(help="Starts of the two servers.", min=1)] = 8,
+    num_pairs: Annotated[int, typer.Option(help="Pairs of blocks a start.", min=1)] = 4,
     concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 32,
     num_requests: Annotated[int, typer.Option(help="Of a block.")] = 256,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
     stream: Annotated[bool, typer.Option(help="Stream the answers.")] = False,
     engine: Annotated[Engine, typer.Option(help="None, or a model of two layers.")] = "mock",
-    out: Annotated[Path | None, typer.Option(help="Write every block to this JSON file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write all starts to this JSON file.")] = None,
 ) -> None:
     """Print the ratios of our front end to stock's as JSON, with 95 % intervals."""
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ours, stock = (stack.enter_context(start(c)) for c in make_commands(engine, folder))
-        for server in (ours, stock):
-            server.wait_until_ready()
-        is_mock = engine == "mock"
-        if is_mock:
-            share_cores(ours, stock)
-        blocks = asyncio.run(
-            measure(ours, stock, num_pairs, concurrency, num_requests, max_tokens, stream, is_mock)
-        )
+    cores = os.sched_getaffinity(0)
+    blocks = []
+    for seed in track(range(num_starts), "starts", console=Console(stderr=True)):
+        os.sched_setaffinity(0, cores)
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            ours, stock = (stack.enter_context(start(c)) for c in make_commands(engine, folder))
+            for server in (ours, stock):
+                server.wait_until_ready()
+            is_mock = engine == "mock"
+            if is_mock:
+                share_cores(ours, stock)
+            measuring = measure(
+                ours, stock, num_pairs, concurrency, num_requests, max_tokens, stream, is_mock, seed
+            )
+            blocks.append(asyncio.run(measuring))
     result: dict[str, Any] = {
         "engine": engine,
+        "num_starts": num_starts,
         "num_pairs": num_pairs,
         "concurrency": concurrency,
         "max_tokens": max_tokens,
@@ -101,7 +110,7 @@ def main(
     print(json.dumps(result, indent=1))
     if out is not None:
         raw = [{kind: asdict(block) for kind, block in one.items()} for one in blocks]
-        out.write_text(json.dumps({**result, "blocks": raw}, indent=1))
+        out.write_text(json.dumps({**result, "starts": raw}, indent=1))
 
 
 def share_cores(ours: Server, stock: Server) -> None:
@@ -115,7 +124,7 @@ def share_cores(ours: Server, stock: Server) -> None:
 def compare(
     blocks: list[dict[str, Block]], kind: str, measure: str, base: str = STOCK
 ) -> dict[str, Any]:
-    """Ratio of a measure to stock's, with its interval, and the medians of the difference."""
+    """Ratio of a measure to stock's over the starts, its interval, the median of the difference."""
     pairs = [(getattr(one[kind], measure), getattr(one[base], measure)) for one in blocks]
     ratio = bootstrap_ratio([a / b for a, b in pairs], seed=0)
     return {
@@ -134,8 +143,9 @@ async def measure(
     max_tokens: int,
     stream: bool,
     is_polling: bool,
-) -> list[dict[str, Block]]:
-    """A block of every kind for each pair, in an order that is drawn anew."""
+    seed: int,
+) -> dict[str, Block]:
+    """The mean of every kind's blocks, whose order is drawn anew for each pair."""
     awake = asyncio.create_task(stay_awake()) if is_polling else None
     body = {
         "model": await find_model(ours.port),
@@ -153,23 +163,26 @@ async def measure(
 
     for kind in kinds:
         await run(kind)
-    rng = random.Random(0)
-    blocks = []
-    for _ in track(range(num_pairs), "pairs", console=Console(stderr=True)):
+    rng = random.Random(seed)
+    blocks: dict[str, list[Block]] = {kind: [] for kind in kinds}
+    for _ in range(num_pairs):
         order = rng.sample(list(kinds), len(kinds))
         # There and back: a drift within a pair meets every kind alike.
-        there = {kind: await run(kind) for kind in order}
-        back = {kind: await run(kind) for kind in reversed(order)}
-        blocks.append({kind: average(there[kind], back[kind]) for kind in kinds})
+        for kind in (*order, *reversed(order)):
+            blocks[kind].append(await run(kind))
     if awake is not None:
         awake.cancel()
-    return blocks
+    return {kind: average(done) for kind, done in blocks.items()}
 
 
-def average(first: Block, second: Block) -> Block:
-    """The geometric mean of two blocks."""
-    pairs = zip(asdict(first).items(), asdict(second).values(), strict=True)
-    return Block(**{name: (a * b) ** 0.5 for (name, a), b in pairs})
+def average(blocks: list[Block]) -> Block:
+    """The geometric mean of blocks."""
+    return Block(
+        **{
+            name: float(np.exp(np.mean([np.log(getattr(block, name)) for block in blocks])))
+            for name in asdict(blocks[0])
+        }
+    )
 
 
 async def run_block(server: Server, body: bytes, concurrency: int, num_requests: int) -> Block:

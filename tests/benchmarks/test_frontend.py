@@ -9,20 +9,29 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.frontend import ADAPTIVE, STOCK, Block, average, compare, read_answer, run_block
+from benchmarks.frontend import (
+    ADAPTIVE,
+    ORDINARY,
+    STOCK,
+    Block,
+    average,
+    compare,
+    read_answer,
+    run_block,
+)
 
 ROOT = Path(__file__).parents[2]
 BODY = b'{"model": "m"}'
 
 
-def test_two_blocks_are_averaged_as_ratios_are():
-    assert average(Block(100.0, 0.2, 0.001), Block(400.0, 0.8, 0.004)) == Block(
+def test_blocks_are_averaged_as_ratios_are():
+    assert average([Block(100.0, 0.2, 0.001), Block(400.0, 0.8, 0.004)]) == Block(
         pytest.approx(200.0), pytest.approx(0.4), pytest.approx(0.002)
     )
 
 
-def test_a_measure_is_compared_with_stocks_of_the_same_pair():
-    """The second pair was measured when the machine was half as fast."""
+def test_a_measure_is_compared_with_stocks_of_the_same_start():
+    """In the second start the machine was half as fast."""
     blocks = [
         {STOCK: Block(200.0, 0.1, 0.004), "ours": Block(100.0, 0.3, 0.005)},
         {STOCK: Block(100.0, 0.2, 0.008), "ours": Block(50.0, 0.6, 0.010)},
@@ -93,20 +102,14 @@ async def test_a_block_asks_so_often_at_so_many_at_once_and_accounts_for_it():
 
 def test_a_short_run_compares_every_kind(tmp_path):
     out = tmp_path / "blocks.json"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.frontend",
-        "--num-pairs",
-        "2",
-        "--concurrency",
-        "4",
-    ]
-    command += ["--num-requests", "8", "--max-tokens", "4", "--stream", "--out", str(out)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    options = (
+        "--num-starts 1 --num-pairs 2 --concurrency 4 --num-requests 8 --max-tokens 4 --stream"
+    )
+    command = [sys.executable, "-m", "benchmarks.frontend", *options.split(), "--out", str(out)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     result, written = json.loads(run.stdout), json.loads(out.read_text())
-    blocks = written.pop("blocks")
+    starts = written.pop("starts")
     assert written == result
     assert result["ratios"].keys() == ADAPTIVE.keys()
     for ratios in result["ratios"].values():
@@ -114,5 +117,6 @@ def test_a_short_run_compares_every_kind(tmp_path):
         for ratio in ratios.values():
             low, high = ratio["interval_95"]
             assert 0 < low <= ratio["ratio"] <= high
-    assert [pair.keys() for pair in blocks] == 2 * [{STOCK, *ADAPTIVE}]
-    assert all(block["cpu_s"] > 0 for pair in blocks for block in pair.values())
+    assert [one.keys() for one in starts] == [{STOCK, *ADAPTIVE}]
+    assert all(block["cpu_s"] > 0 for one in starts for block in one.values())
+    assert result["ratios_to_ordinary"].keys() == ADAPTIVE.keys() - {ORDINARY}
