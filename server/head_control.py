@@ -5,8 +5,11 @@ of them have it does it take its name. A head that fails on the way changes noth
 """
 
 import asyncio
+import gc
 import re
 import time
+import weakref
+from collections.abc import Coroutine
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -26,6 +29,8 @@ from server.metrics import AdaptiveMetrics
 POLL_INTERVAL_S = 0.05
 # For a disk that does not answer: other changes wait meanwhile.
 MAX_LOADING_S = 120.0
+# How often to look for cycles while a head is held that serves no longer: some milliseconds each.
+COLLECT_INTERVAL_S = 30.0
 # No separator of paths, no name that a folder cannot have or that a label would need quotes for.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -91,6 +96,7 @@ class HeadControl:
             await self._load_in_workers(name, generation, path, loaded.digest)
             if (replaced := self._registry.by_name.get(name)) is not None:
                 self._metrics.remove_head(name, replaced.metadata)
+                self._begin(self._collect(weakref.ref(replaced)))
             self._metrics.add_head(name, loaded.metadata)
             head = self._registry.put(name, generation, loaded.metadata)
             if is_default or self._registry.default is None:
@@ -117,6 +123,7 @@ class HeadControl:
                 )
             self._registry.remove(name)
             self._metrics.remove_head(name, head.metadata)
+            self._begin(self._collect(weakref.ref(head)))
         logger.info("Head %s is served no longer", name)
 
     async def change(
@@ -208,9 +215,18 @@ class HeadControl:
             self._loop.call_soon_threadsafe(self._begin_release, name, generation)
 
     def _begin_release(self, name: str, generation: int) -> None:
-        task = self._loop.create_task(self._forget(name, generation))
+        self._begin(self._forget(name, generation))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _collect(self, head: weakref.ref[ServedHead]) -> None:
+        """Look for cycles until a head is free: a request whose client has left can be in one."""
+        while head() is not None:
+            await asyncio.sleep(COLLECT_INTERVAL_S)
+            gc.collect()
 
     async def _forget(self, name: str, generation: int) -> None:
         try:

@@ -39,8 +39,9 @@ logger = init_logger("vllm.adaptive")
 
 RECORDED_PATHS = (CHAT_PATH, COMPLETION_PATH, RESPONSES_PATH)
 HOT_PATHS = frozenset(RECORDED_PATHS)
-# Net allocations of containers until the collector looks for cycles among the youngest.
-_GC_THRESHOLD = 20_000
+# Containers that are made and not yet gone until the collector looks for cycles. A stream whose
+# client has left is one of some 200, and keeps its prompt until then.
+_GC_THRESHOLD = 5_000
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
 # vLLM's request handlers by their names in the application's state, and what becomes of them.
 HANDLERS: dict[str, type[Any]] = {

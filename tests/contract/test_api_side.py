@@ -508,7 +508,7 @@ def test_the_environment_is_read_no_more_once_the_server_is_up(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((700, 10, 10), (20_000, 10, 10)), ((0, 5, 5), (0, 5, 5))]
+    ("before", "after"), [((700, 10, 10), (5_000, 10, 10)), ((0, 5, 5), (0, 5, 5))]
 )
 def test_the_collector_comes_more_seldom_where_somebody_has_not_settled_it(before, after):
     thresholds = gc.get_threshold()

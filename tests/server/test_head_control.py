@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import gc
 from types import SimpleNamespace
 
 import httpx
@@ -168,6 +169,30 @@ async def test_a_replaced_head_stays_in_the_workers_until_its_last_request_has_e
     await settle()
     assert server.engines.loaded == [{("a", 1), ("b", 0)}] * 4
     assert sample(server.metrics, "adaptive_head_info", head="a") == 1
+
+
+@pytest.mark.parametrize("is_replaced", [True, False], ids=["replaced", "removed"])
+async def test_a_request_in_a_cycle_does_not_keep_its_head(setup, save, monkeypatch, is_replaced):
+    """As that of a stream whose client has left."""
+    monkeypatch.setattr("server.head_control.COLLECT_INTERVAL_S", 0.05)
+    gc.disable()
+    try:
+        server = await setup()
+        save("b-2", seed=1)
+        holder = [choose(server.registry, head="b")[1]]
+        holder.append(holder)
+        if is_replaced:
+            await server.send("POST", body={"name": "b", "folder": "b-2"})
+        else:
+            await server.send("DELETE", "/b")
+        del holder
+        await settle()
+        assert ("b", 0) in server.engines.loaded[0]
+        async with asyncio.timeout(10):
+            while ("b", 0) in set().union(*server.engines.loaded):
+                await asyncio.sleep(0.05)
+    finally:
+        gc.enable()
 
 
 async def test_a_removed_head_leaves_the_workers(setup):
