@@ -6,8 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,28 +33,10 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-@pytest.fixture(scope="module")
-def runs(request, tmp_path_factory) -> Iterator[dict[str, Future[tuple[Path, str]]]]:
-    """All that tests ask for, two at a time: a run keeps one core busy."""
-
-    def run(name: str) -> tuple[Path, str]:
-        out = tmp_path_factory.mktemp(name)
-        return out, finish(start(name, out))
-
-    names = {item.callspec.params["name"] for item in request.session.items if is_of_a_run(item)}
-    pool = ThreadPoolExecutor(2)
-    yield {name: pool.submit(run, name) for name in sorted(names)}
-    pool.shutdown(cancel_futures=True)
-
-
-def is_of_a_run(item: pytest.Item) -> bool:
-    return "runs" in getattr(item, "fixturenames", ())
-
-
 # The fifth, voting, is killed first: see below.
 @pytest.mark.parametrize("name", ["constrained", "losses", "mix", "repeats"])
-def test_it_runs_from_nothing_to_a_table(name: str, runs) -> None:
-    assert_complete(name, *runs[name].result())
+def test_it_runs_from_nothing_to_a_table(name: str, tmp_path: Path) -> None:
+    assert_complete(name, tmp_path, finish(start(name, tmp_path)))
 
 
 def assert_complete(name: str, out: Path, output: str) -> None:
