@@ -18,7 +18,6 @@ beside several cores, the figures are the front end's; elsewhere the engine's.
 """
 
 import asyncio
-import contextlib
 import json
 import os
 import random
@@ -74,22 +73,29 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write all starts to this JSON file.")] = None,
 ) -> None:
     """Print the ratios of our front end to stock's as JSON, with 95 % intervals."""
-    cores = os.sched_getaffinity(0)
+    cores, is_mock = os.sched_getaffinity(0), engine == "mock"
     blocks = []
-    for seed in track(range(num_starts), "starts", console=Console(stderr=True)):
-        os.sched_setaffinity(0, cores)
-        with contextlib.ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            ours, stock = (stack.enter_context(start(c)) for c in make_commands(engine, folder))
-            for server in (ours, stock):
-                server.wait_until_ready()
-            is_mock = engine == "mock"
-            if is_mock:
-                share_cores(ours, stock)
-            measuring = measure(
-                ours, stock, num_pairs, concurrency, num_requests, max_tokens, stream, is_mock, seed
-            )
-            blocks.append(asyncio.run(measuring))
+    with tempfile.TemporaryDirectory() as folder:
+        commands = make_commands(engine, Path(folder))
+        for seed in track(range(num_starts), "starts", console=Console(stderr=True)):
+            os.sched_setaffinity(0, cores)
+            with start(commands[0]) as ours, start(commands[1]) as stock:
+                for server in (ours, stock):
+                    server.wait_until_ready()
+                if is_mock:
+                    share_cores(ours, stock)
+                measuring = measure(
+                    ours,
+                    stock,
+                    num_pairs,
+                    concurrency,
+                    num_requests,
+                    max_tokens,
+                    stream,
+                    is_mock,
+                    seed,
+                )
+                blocks.append(asyncio.run(measuring))
     result: dict[str, Any] = {
         "engine": engine,
         "num_starts": num_starts,
@@ -97,15 +103,8 @@ def main(
         "concurrency": concurrency,
         "max_tokens": max_tokens,
         "stream": stream,
-        "ratios": {
-            kind: {name: compare(blocks, kind, name) for name in asdict(blocks[0][kind])}
-            for kind in ADAPTIVE
-        },
-        "ratios_to_ordinary": {
-            kind: {name: compare(blocks, kind, name, ORDINARY) for name in asdict(blocks[0][kind])}
-            for kind in ADAPTIVE
-            if kind != ORDINARY
-        },
+        "ratios": compare_all(blocks, STOCK),
+        "ratios_to_ordinary": compare_all(blocks, ORDINARY),
     }
     print(json.dumps(result, indent=1))
     if out is not None:
@@ -119,6 +118,15 @@ def share_cores(ours: Server, stock: Server) -> None:
     for server in (ours, stock):
         server.pin(cores[-1])
     os.sched_setaffinity(0, {cores[0]})
+
+
+def compare_all(blocks: list[dict[str, Block]], base: str) -> dict[str, Any]:
+    """Every measure of every kind of request to our server, against another kind's."""
+    return {
+        kind: {name: compare(blocks, kind, name, base) for name in asdict(blocks[0][kind])}
+        for kind in ADAPTIVE
+        if kind != base
+    }
 
 
 def compare(

@@ -36,7 +36,7 @@ class ChoiceReport:
         self._num_held = 0
 
     def restart(self) -> None:
-        """The engine generates again, for tool calls."""
+        """The engine begins to generate, for tool calls not for the first time."""
         self._settle()
         self.reader.restart()
 
@@ -161,7 +161,6 @@ class PromptReport:
         self._choices = choices
         self._metrics = metrics
         self._num_uncounted = 0
-        self._has_begun = False
         self._is_first = True
 
     def __repr__(self) -> str:
@@ -172,9 +171,8 @@ class PromptReport:
         """The prompt is handed to the engine."""
         self._metrics.count_request(self.options)
         self._is_first = True
-        for choice in self._choices if self._has_begun else ():
+        for choice in self._choices:
             choice.restart()
-        self._has_begun = True
 
     def read(self, output: RequestOutput) -> None:
         """Take the temperatures off an output, count them, and remember them."""

@@ -43,8 +43,6 @@ PHASES = [
 ]
 SAMPLED = [adaptive(REPEATING[0], seed=4, options={"select": "sample"})]
 METHODS = ("ngram", "draft_model", "eagle")
-
-
 BATCHES = [MIXED + WORDS, PHASES[:2], SAMPLED]
 PREEMPTED = [SEQUENCES, PHASES, LOGPROBS]
 PREEMPTING = {"num_gpu_blocks_override": 11, "logprobs_mode": "processed_logprobs"}
@@ -68,12 +66,12 @@ def configs(tiny_model, tmp_path_factory) -> dict[str, dict]:
 
 @pytest.fixture(scope="module", autouse=True)
 def begin_all(run_engine, configs, is_whole):
-    for config in configs.values() if is_whole else ():
+    if not is_whole:
+        return
+    for config in configs.values():
         run_engine.begin("v2", "adaptive", BATCHES, speculative_config=config)
-    if is_whole:
-        run_engine.begin(
-            "v2", "adaptive", PREEMPTED, speculative_config=configs["ngram"], **PREEMPTING
-        )
+    ngram = configs["ngram"]
+    run_engine.begin("v2", "adaptive", PREEMPTED, speculative_config=ngram, **PREEMPTING)
 
 
 @pytest.mark.parametrize("method", METHODS)

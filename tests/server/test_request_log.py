@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 
 import httpx
 import pytest
@@ -13,6 +12,7 @@ from starlette.routing import Route
 
 from server.record import MAX_TEXT_LEN, Recorder, current_record, note_request
 from server.request_log import RequestLog, check_target
+from tests.server.conftest import wait_until
 from tests.server.fakes import make_output, make_report, sample
 
 LOST = "adaptive_request_log_lost_total"
@@ -253,9 +253,7 @@ def test_a_log_that_was_moved_away_is_opened_anew(tmp_path, registry):
     file = tmp_path / "log"
     log = RequestLog(str(file), registry)
     log.write({"number": 0})
-    deadline = time.monotonic() + 10
-    while not file.read_text():
-        assert time.monotonic() < deadline
+    wait_until(file.read_text, seconds=10)
     file.rename(tmp_path / "old")
     log.write({"number": 1})
     log.close()
@@ -271,9 +269,7 @@ def test_a_folder_that_goes_loses_lines_until_it_is_back(tmp_path, registry):
     file.parent.rmdir()
     for number in range(2):
         log.write({"number": number})
-    deadline = time.monotonic() + 10
-    while sample(registry, LOST) < 2:
-        assert time.monotonic() < deadline
+    wait_until(lambda: sample(registry, LOST) >= 2, seconds=10)
     file.parent.mkdir()
     log.write({"number": 2})
     log.close()
