@@ -4,7 +4,7 @@ Overrides where an answer is made, and not wrappers of the routes: stored and ba
 never pass through one, and vLLM's routes keep their cancellation, keep-alive and error forms.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
@@ -16,20 +16,28 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from server.report import Report, find_report
-from server.stream import end_with_error, write_chunks, write_events
+from server.stream import ChunkWriter, end_with_error, write_chunks, write_events
+from server.text_stream import CHAT, COMPLETION, TextStream, is_plain
 
 
 class AdaptiveServingChat(OpenAIServingChat):
     """`/v1/chat/completions`"""
 
     def chat_completion_stream_generator(
-        self, request: Any, *args: Any, **kwargs: Any
+        self, request: Any, result_generator: AsyncIterator[Any], *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
-        chunks = super().chat_completion_stream_generator(request, *args, **kwargs)
+        def make_chunks(outputs: AsyncIterator[Any]) -> AsyncGenerator[str, None]:
+            return stock(request, outputs, *args, **kwargs)
+
+        stock = super().chat_completion_stream_generator
         report = find_report(request)
-        if report is None:
-            return chunks
-        return write_chunks(chunks, report, shows_tokens(request, report, self.parser_cls))
+        writer = None
+        if report is not None:
+            writer = ChunkWriter(report, shows_tokens(request, report, self.parser_cls))
+        is_read = self.parser_cls is not None or self.enable_log_outputs
+        if is_read or not is_plain(request, self.enable_force_include_usage):
+            return write_chunks(make_chunks(result_generator), writer)
+        return TextStream(result_generator, CHAT, writer).write(make_chunks)
 
     async def chat_completion_full_generator(
         self, request: Any, *args: Any, **kwargs: Any
@@ -45,13 +53,23 @@ class AdaptiveServingCompletion(OpenAIServingCompletion):
     """`/v1/completions`"""
 
     def completion_stream_generator(
-        self, request: Any, *args: Any, **kwargs: Any
+        self,
+        request: Any,
+        engine_inputs: Sequence[Any],
+        result_generator: AsyncIterator[Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> AsyncGenerator[str, None]:
-        chunks = super().completion_stream_generator(request, *args, **kwargs)
+        def make_chunks(outputs: AsyncIterator[Any]) -> AsyncGenerator[str, None]:
+            return stock(request, engine_inputs, outputs, *args, **kwargs)
+
+        stock = super().completion_stream_generator
         report = find_report(request)
-        if report is None:
-            return chunks
-        return write_chunks(chunks, report, report.detail == "tokens")
+        writer = None if report is None else ChunkWriter(report, report.detail == "tokens")
+        has_several = len(engine_inputs) > 1
+        if has_several or not is_plain(request, self.enable_force_include_usage):
+            return write_chunks(make_chunks(result_generator), writer)
+        return TextStream(result_generator, COMPLETION, writer).write(make_chunks)
 
     def request_output_to_completion_response(
         self, final_res_batch: Any, request: Any, *args: Any, **kwargs: Any

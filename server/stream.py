@@ -20,46 +20,57 @@ _FINISHED = '"finish_reason":"'
 _CHOICE = re.compile(r'"choices":\[\{"index":(\d+)[,}]')
 
 
-async def write_chunks(
-    chunks: AsyncGenerator[str, None], report: Report, show_tokens: bool
-) -> AsyncGenerator[str, None]:
-    """Add to the chunks of a chat or completion stream what their tokens' temperatures were.
+class ChunkWriter:
+    """Adds to the chunks of one chat or completion stream what their tokens' temperatures were.
 
     Args:
-        chunks: server-sent events of vLLM's stream.
-        show_tokens: whether each chunk lists the temperatures of its tokens; the chunk that ends
-            a choice always has its summary.
+        show_tokens: whether each chunk lists the temperatures of its tokens; the chunk that ends a
+            choice always has its summary.
     """
-    # What a choice's chunks begin with, which is looked for again only where another one's comes,
-    # and what was last said of its tokens, which is often said again.
-    prefix, choice = "", None
-    said: list[float] = []
-    text = ""
-    async for chunk in chunks:
+
+    def __init__(self, report: Report, show_tokens: bool) -> None:
+        self._report = report
+        self._show_tokens = show_tokens
+        # What a choice's chunks begin with, which is looked for again only where another one's
+        # comes.
+        self._prefix, self._choice = "", report[0]
+
+    def write(self, chunk: str) -> str:
+        """A server-sent event of vLLM's, with what is to be said of it."""
         is_finished = _FINISHED in chunk
-        if not (show_tokens or is_finished):
-            yield chunk
-            continue
-        if choice is None or not chunk.startswith(prefix):
+        if not (self._show_tokens or is_finished) or not self._find_choice(chunk):
+            return chunk
+        summary = self._choice.describe(show_tokens=False) if is_finished else {}
+        return self.insert(chunk, summary | self.describe_next())
+
+    def describe_next(self) -> dict[str, Any]:
+        """What is to be said of the tokens in the next chunk of the same choice."""
+        temperatures = self._choice.take_ready() if self._show_tokens else []
+        return {"temperatures": temperatures} if temperatures else {}
+
+    def insert(self, chunk: str, adaptive: dict[str, Any]) -> str:
+        """A chunk of the same choice, or its beginning, that says it."""
+        if not adaptive:
+            return chunk
+        # As text: to decode and encode every chunk would cost more than all else that we do.
+        place = len(self._prefix) - 1
+        return f'{chunk[:place]},"adaptive":{msgspec.json.encode(adaptive).decode()}{chunk[place:]}'
+
+    def _find_choice(self, chunk: str) -> bool:
+        """Whether a chunk has a choice."""
+        if not self._prefix or not chunk.startswith(self._prefix):
             found = _CHOICE.search(chunk)
             if found is None:
-                yield chunk
-                continue
-            prefix, choice = chunk[: found.end()], report[int(found[1])]
-        temperatures = choice.take_ready() if show_tokens else []
-        if is_finished:
-            adaptive = choice.describe(show_tokens=False)
-            if temperatures:
-                adaptive["temperatures"] = temperatures
-            said, text = [], f',"adaptive":{msgspec.json.encode(adaptive).decode()}'
-        elif temperatures != said:
-            # A list of floats is written in JSON as in Python.
-            said, text = temperatures, f',"adaptive":{{"temperatures":{temperatures}}}'
-        if temperatures or is_finished:
-            # As text: to decode and encode every chunk would cost more than all else that we do.
-            yield f"{prefix[:-1]}{text}{chunk[len(prefix) - 1 :]}"
-        else:
-            yield chunk
+                return False
+            self._prefix, self._choice = chunk[: found.end()], self._report[int(found[1])]
+        return True
+
+
+def write_chunks(
+    chunks: AsyncGenerator[str, None], writer: ChunkWriter | None
+) -> AsyncGenerator[str, None]:
+    """The chunks of a stream, with their temperatures where they are to be said."""
+    return chunks if writer is None else (writer.write(chunk) async for chunk in chunks)
 
 
 async def write_events(

@@ -12,7 +12,7 @@ from vllm.utils.async_utils import merge_async_iterators
 from adaptive_head.options import EXTRA_ARGS_KEY
 from server.engine_proxy import EngineProxy
 from server.protocol import AdaptiveCompletionRequest
-from server.stream import end_with_error, write_chunks, write_events
+from server.stream import ChunkWriter, end_with_error, write_chunks, write_events
 from tests.server.fakes import Queue, feed, make_output, make_report
 
 
@@ -22,7 +22,7 @@ async def stream(items):
 
 
 async def write(report, *chunks, show_tokens=True) -> list[str]:
-    written = write_chunks(stream(chunks), report, show_tokens=show_tokens)
+    written = write_chunks(stream(chunks), ChunkWriter(report, show_tokens))
     return [chunk async for chunk in written]
 
 
@@ -250,7 +250,9 @@ async def test_merged_prompts_keep_each_chunks_own_temperatures(paces):
     chunks = handler.completion_stream_generator(
         request, [], merge_async_iterators(*outputs), "r", 0, "m", 2, None, metadata
     )
-    *written, done = [c async for c in send(write_chunks(chunks, report, show_tokens=True))]
+    *written, done = [
+        c async for c in send(write_chunks(chunks, ChunkWriter(report, show_tokens=True)))
+    ]
     assert done == "data: [DONE]\n\n"
     assert len(written) == 16
     for (choice,) in (read(event)["choices"] for event in written):
