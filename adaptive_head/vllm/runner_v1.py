@@ -110,6 +110,7 @@ class AdaptiveRunnerV1(_Stock):
         # A preempted request keeps its slot, and so its choice, until it finishes.
         for req_id in scheduler_output.finished_req_ids:
             self._release_slot(req_id)
+        added = []
         for request in scheduler_output.scheduled_new_reqs:
             self._release_slot(request.req_id)
             options = request.sampling_params and read_options(
@@ -118,8 +119,10 @@ class AdaptiveRunnerV1(_Stock):
             if options:
                 slot = self._slots[request.req_id] = self._acquire_slot()
                 self.selector.add(slot, options, request.sampling_params.seed)
-                self.selector.flush()
-                self.selector.start_phase(slot, request.prompt_token_ids or [])
+                added.append((slot, request.prompt_token_ids or []))
+        self.selector.flush()
+        for slot, token_ids in added:
+            self.selector.start_phase(slot, token_ids)
         return super()._update_states(scheduler_output)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:

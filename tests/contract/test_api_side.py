@@ -4,6 +4,7 @@ import ast
 import copy
 import gc
 import inspect
+import re
 from importlib.metadata import entry_points
 from typing import get_args
 
@@ -42,6 +43,7 @@ from vllm.entrypoints.openai.responses.protocol import (
 )
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelList
+from vllm.entrypoints.serve.utils.api_utils import should_include_usage
 from vllm.exceptions import VLLMValidationError
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins
 from vllm.renderers import BaseRenderer
@@ -464,6 +466,56 @@ def test_chunks_are_compact_json_with_the_index_of_their_choice_first(model, con
     for handler in (OpenAIServingChat, OpenAIServingCompletion):
         assert 'f"data:{' in source(handler)
         assert "chunk.model_dump_json(exclude_unset=True)" in source(handler)
+
+
+# What vLLM's generators of chunks look at: whether two chunks differ in more than their text.
+STREAM_REQUEST = {"echo", "logprob_token_ids", "logprobs", "n", "return_token_ids"}
+STREAM_REQUEST |= {"return_tokens_as_token_ids", "stream_options"}
+STREAM_SELF = {"_convert_generation_error_to_streaming_response", "_raise_if_error"}
+STREAM_SELF |= {"create_streaming_error_response", "enable_force_include_usage"}
+STREAM_SELF |= {"enable_per_request_metrics", "enable_prompt_tokens_details", "system_fingerprint"}
+STREAM_OUTPUT = {"finish_reason", "index", "logprobs", "stop_reason", "text", "token_ids"}
+CHAT_REQUEST = {"include_reasoning", "return_prompt_text", "tool_choice", "top_logprobs"}
+CHAT_SELF = {"_create_chat_logprobs", "_include_reasoning_tokens_details", "_make_parser"}
+CHAT_SELF |= {"enable_log_deltas", "enable_log_outputs", "get_chat_request_role", "parser_cls"}
+CHAT_SELF |= {"request_logger"}
+COMPLETION_SELF = {"_create_completion_logprobs", "_extract_prompt_text"}
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "request_fields", "self_fields"),
+    [
+        (
+            OpenAIServingChat.chat_completion_stream_generator,
+            ("self", "request", "result_generator"),
+            STREAM_REQUEST | CHAT_REQUEST,
+            STREAM_SELF | CHAT_SELF,
+        ),
+        (
+            OpenAIServingCompletion.completion_stream_generator,
+            ("self", "request", "engine_inputs", "result_generator"),
+            STREAM_REQUEST | {"max_tokens"},
+            STREAM_SELF | COMPLETION_SELF,
+        ),
+    ],
+)
+def test_chunks_depend_on_nothing_that_a_plain_stream_has_not_ruled_out(
+    method, first, request_fields, self_fields
+):
+    """That they are the same is tested in `tests/server/test_text_stream.py`; that nothing new has
+    come which is not tested there, here."""
+    assert_parameters(method, *first)
+    assert list(inspect.signature(should_include_usage).parameters) == [
+        "stream_options",
+        "enable_force_include_usage",
+    ]
+
+    def find_fields(name: str) -> set[str]:
+        return set(re.findall(rf"\b{name}\.(\w+)", inspect.getsource(method)))
+
+    assert find_fields("request") == request_fields
+    assert find_fields("self") == self_fields
+    assert find_fields("output") == STREAM_OUTPUT
 
 
 # --- the command line ---------------------------------------------------------------------------
