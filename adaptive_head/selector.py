@@ -95,6 +95,8 @@ class TemperatureSelector(SlotTable):
         present = self.find_present(step.slots_np)
         if present == [ORDINARY]:
             return None
+        if (chosen := self._find_chosen(step)) is not None:
+            return chosen
         options = self.options[step.slots]
         temperatures = self._run_policies(step, options, present)
         temperatures = (temperatures * options[:, Column.SCALE]).clamp(
@@ -105,6 +107,16 @@ class TemperatureSelector(SlotTable):
         if self._options_np[step.slots_np, Column.IS_SEQUENCE].any():
             temperatures = self._keep_sequence_choice(step, options, temperatures)
         return temperatures
+
+    def _find_chosen(self, step: Step) -> torch.Tensor | None:
+        """The temperatures where every row's was chosen in an earlier step, and nothing is left to
+        do; float32 [rows], NaN for ordinary rows. Waits for the device, which is free on a CPU."""
+        is_ordinary_np = self._policy_np[step.slots_np] == ORDINARY
+        if not (is_ordinary_np | (self._options_np[step.slots_np, Column.IS_SEQUENCE] != 0)).all():
+            return None
+        chosen = self.chosen[step.slots]
+        is_chosen_np = ~chosen.isnan().numpy(force=True)
+        return chosen if (is_ordinary_np | is_chosen_np).all() else None
 
     def _run_policies(self, step: Step, options: torch.Tensor, present: list[int]) -> torch.Tensor:
         if len(present) == 1:

@@ -474,6 +474,24 @@ def test_a_sequence_level_request_keeps_its_first_choice(selector):
     assert select(selector, show(generate(row, 4), other)) == chosen
 
 
+def test_where_all_have_chosen_no_head_runs(selector, monkeypatch):
+    forward, calls = AdaptiveHead.forward, []
+    monkeypatch.setattr(
+        AdaptiveHead, "forward", lambda self, x: calls.append(len(x)) or forward(self, x)
+    )
+    whole = make_options("head", "first", level="sequence")
+    rows = [add(selector, 0, whole), add(selector, 1, None)]
+    chosen = select(selector, *rows)
+    later = [generate(row, 4) for row in rows]
+    assert select(selector, *later) == approximately(chosen)
+    assert calls == [1]
+    # One that is new, or chooses at every token, and the heads run again.
+    assert len(select(selector, *later, add(selector, 2, whole))) == 3
+    assert len(calls) == 2
+    assert len(select(selector, *later, add(selector, 3, make_options("head", "first")))) == 3
+    assert len(calls) == 3
+
+
 def test_an_unfinished_prefill_makes_no_sequence_choice(selector):
     first, other = different_choices()
     row = show(add(selector, 0, make_options("head", "first", level="sequence")), first)

@@ -81,7 +81,7 @@ class ChoiceSender:
 
     def __init__(self) -> None:
         # How many tokens of a request have been sent, and the last one's choice.
-        self._sent: dict[str, tuple[int, int]] = {}
+        self._sent: dict[str, list[int]] = {}
         self._choices = ChoiceLists(np.empty(0, np.int32))
         self._request_ids: Sequence[str] = ()
 
@@ -106,7 +106,12 @@ class ChoiceSender:
         Args:
             micros: one choice a token.
         """
-        num_sent, last = self._sent.get(request_id, (0, ORDINARY))
+        sent = self._sent.setdefault(request_id, [0, ORDINARY])
+        num_sent, last = sent
+        sent[0] += len(micros)
+        if micros.count(last) == len(micros):
+            return None
+        sent[1] = micros[-1]
         changes: list[int] = []
         offsets = [0]
         for position, micro in enumerate(micros, num_sent):
@@ -114,9 +119,6 @@ class ChoiceSender:
                 changes += micro, position
                 last = micro
             offsets.append(len(changes))
-        self._sent[request_id] = num_sent + len(micros), last
-        if not changes:
-            return None
         # vLLM slices by offsets where a step has made several tokens, and only there.
         is_single = len(micros) == 1
         return SamplingMaskLists(
