@@ -95,7 +95,8 @@ class TemperatureSelector(SlotTable):
         present = self.find_present(step.slots_np)
         if present == [ORDINARY]:
             return None
-        if (chosen := self._find_chosen(step)) is not None:
+        is_sequence_np = self._options_np[step.slots_np, Column.IS_SEQUENCE] != 0
+        if (chosen := self._find_chosen(step, is_sequence_np)) is not None:
             return chosen
         options = self.options[step.slots]
         temperatures = self._run_policies(step, options, present)
@@ -104,15 +105,15 @@ class TemperatureSelector(SlotTable):
         )
         is_ordinary = temperatures.isnan()
         temperatures = (to_micro(temperatures) / MICRO).masked_fill(is_ordinary, torch.nan)
-        if self._options_np[step.slots_np, Column.IS_SEQUENCE].any():
+        if is_sequence_np.any():
             temperatures = self._keep_sequence_choice(step, options, temperatures)
         return temperatures
 
-    def _find_chosen(self, step: Step) -> torch.Tensor | None:
+    def _find_chosen(self, step: Step, is_sequence_np: np.ndarray) -> torch.Tensor | None:
         """The temperatures where every row's was chosen in an earlier step, and nothing is left to
         do; float32 [rows], NaN for ordinary rows. Waits for the device, which is free on a CPU."""
         is_ordinary_np = self._policy_np[step.slots_np] == ORDINARY
-        if not (is_ordinary_np | (self._options_np[step.slots_np, Column.IS_SEQUENCE] != 0)).all():
+        if not (is_ordinary_np | is_sequence_np).all():
             return None
         chosen = self.chosen[step.slots]
         is_chosen_np = ~chosen.isnan().numpy(force=True)

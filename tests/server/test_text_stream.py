@@ -4,9 +4,10 @@ import asyncio
 import json
 import random
 from dataclasses import dataclass, field
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
-from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
+from vllm.entrypoints.generate.base.protocol import DeltaMessage, RequestResponseMetadata
 from vllm.entrypoints.openai.chat_completion import serving as chat_serving
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
@@ -59,7 +60,7 @@ class Answer:
             await asyncio.sleep(0)
 
 
-def draw_answer(draw: random.Random, report=None) -> Answer:
+def draw_answer(draw: random.Random) -> Answer:
     outputs = []
     last = 0
     for _ in range(draw.randint(1, 9)):
@@ -67,12 +68,12 @@ def draw_answer(draw: random.Random, report=None) -> Answer:
         last = new[-1] if new else last
         outputs.append((draw.choice(TEXTS) + draw.choice(TEXTS), new))
     end = draw.choice(["length", "stop", "abort", "error", RuntimeError("boom")])
-    return Answer(outputs, end, report)
+    return Answer(outputs, end)
 
 
-def make_handler(handler_class, **attributes):
+def make_handler(handler_class, attributes):
     handler = handler_class.__new__(handler_class)
-    vars(handler).update(
+    defaults = dict(
         parser_cls=None,
         response_role="assistant",
         enable_force_include_usage=False,
@@ -84,7 +85,7 @@ def make_handler(handler_class, **attributes):
         _include_reasoning_tokens_details=False,
         log_error_stack=False,
     )
-    vars(handler).update(attributes)
+    vars(handler).update(defaults | attributes)
     return handler
 
 
@@ -94,10 +95,18 @@ def adapt(request, answer):
     return request
 
 
-async def write(handler_class, answer: Answer, *, leave_after=None, attributes=None, **options):
+async def write(
+    handler_class,
+    answer: Answer,
+    *,
+    leave_after=None,
+    tokenizer=None,
+    attributes=MappingProxyType({}),
+    **options,
+):
     """The chunks, and the usage that vLLM leaves for its middleware."""
     is_chat = issubclass(handler_class, OpenAIServingChat)
-    handler = make_handler(handler_class, **(attributes or {}))
+    handler = make_handler(handler_class, attributes)
     metadata = RequestResponseMetadata(request_id="r")
     reader = answer.report and answer.report.begin_prompt()
     outputs = answer.generate(is_chat, reader)
@@ -106,7 +115,7 @@ async def write(handler_class, answer: Answer, *, leave_after=None, attributes=N
         fields = {"messages": messages, "stream": True} | options
         request = adapt(AdaptiveChatCompletionRequest.model_validate(fields), answer)
         chunks = handler.chat_completion_stream_generator(
-            request, outputs, "r", MODEL, messages, None, metadata
+            request, outputs, "r", MODEL, messages, tokenizer, metadata
         )
     else:
         fields = {"prompt": "Hi", "max_tokens": 9, "stream": True} | options
@@ -158,24 +167,58 @@ async def test_streams_are_vllms(ours, stock, options):
         assert await write(ours, answers[0], **options) == await write(stock, answers[1], **options)
 
 
-@ROUTES
-async def test_vllm_writes_only_the_beginning_and_the_end(ours, stock, monkeypatch):
-    outputs = [("a", [0])] * 50
+@pytest.fixture
+def seen(monkeypatch):
+    """The chunks that vLLM itself writes for a chat or a completion."""
     seen = []
-    name = next(name for name in vars(ours) if name.endswith("stream_generator"))
-    whole = getattr(stock, name)
 
-    async def count(*args, **kwargs):
-        async for chunk in whole(*args, **kwargs):
-            seen.append(chunk)
-            yield chunk
+    def spy(stock, name):
+        whole = getattr(stock, name)
 
-    monkeypatch.setattr(stock, name, count)
-    chunks, usage = await write(ours, Answer(outputs))
+        async def generate(*args, **kwargs):
+            async for chunk in whole(*args, **kwargs):
+                seen.append(chunk)
+                yield chunk
+
+        monkeypatch.setattr(stock, name, generate)
+
+    spy(OpenAIServingChat, "chat_completion_stream_generator")
+    spy(OpenAIServingCompletion, "completion_stream_generator")
+    return seen
+
+
+@ROUTES
+async def test_vllm_writes_only_the_beginning_and_the_end(ours, stock, seen):
+    chunks, usage = await write(ours, Answer([("a", [0])] * 50))
     num_opening = 2 if stock is OpenAIServingChat else 1
     assert len(chunks) == 50 + num_opening
     assert seen == [*chunks[:num_opening], *chunks[-2:]]
     assert usage.completion_tokens == 50
+
+
+class Parser:
+    """Makes a delta of every text, as a parser of tools or of reasoning does."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def parse_delta(self, delta_text, **kwargs):
+        return DeltaMessage(reasoning=delta_text)
+
+
+async def test_where_a_parser_or_a_log_reads_the_deltas_vllm_writes_all(seen):
+    logged = []
+    logger = SimpleNamespace(log_outputs=lambda **fields: logged.append(fields["outputs"]))
+    log = {"enable_log_outputs": True, "enable_log_deltas": True, "request_logger": logger}
+    chunks, _ = await write(AdaptiveServingChat, Answer([("a", [0])] * 9), attributes=log)
+    assert seen == chunks
+    assert logged == [*"a" * 9, "a" * 9]
+    seen.clear()
+    parser = {"parser_cls": Parser, "_make_parser": Parser}
+    answer = Answer([("a", [0])] * 9)
+    chunks, _ = await write(AdaptiveServingChat, answer, tokenizer=object(), attributes=parser)
+    assert seen == chunks
+    assert sum('"reasoning":"a"' in chunk for chunk in chunks) == 9
 
 
 @ROUTES
