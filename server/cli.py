@@ -13,7 +13,7 @@ from adaptive_head.embedded_model import EMBEDDED_NAME, prepare
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.heads import SHIPPED_HEADS
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
-from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
+from adaptive_head.vllm.compat import UnsupportedError, check_version, refuse_unsupported
 from adaptive_head.vllm.settings import (
     ADMIN_KEY_VARIABLE,
     CONFIG_KEY,
@@ -193,11 +193,15 @@ def find_plugins() -> list[str]:
 
 def parse_vllm(vllm_argv: list[str]) -> Namespace:
     """Parse the options of `vllm serve`; on a CPU, with defaults that fit one."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm import __version_tuple__
+
+    # The names below may have moved in a minor that is not supported.
+    check_version(__version_tuple__)
     from vllm.logger import configure_logging_from_args
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from adaptive_head.vllm.moved import cli_env_setup, make_arg_parser, validate_parsed_serve_args
 
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="adaptive-serve"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-SUPPORTED_MINOR = (0, 32)
+SUPPORTED_MINORS = {(0, 32), (0, 33)}
 
 
 class UnsupportedError(RuntimeError):
@@ -19,15 +19,15 @@ class UnsupportedError(RuntimeError):
 
 
 def check_version(version_tuple: tuple[int | str, ...]) -> None:
-    """Refuse every vLLM minor but the one that the plugin was written against.
+    """Refuse every vLLM minor that the plugin was not tested with.
 
     Raises:
-        UnsupportedError: names both versions.
+        UnsupportedError: names the supported minors and the one found.
     """
-    if tuple(version_tuple[:2]) != SUPPORTED_MINOR:
-        wanted = ".".join(map(str, SUPPORTED_MINOR))
+    if tuple(version_tuple[:2]) not in SUPPORTED_MINORS:
+        wanted = " or ".join(f"{major}.{minor}" for major, minor in sorted(SUPPORTED_MINORS))
         found = ".".join(map(str, version_tuple[:3]))
-        raise UnsupportedError(f"this release needs vLLM {wanted}.x, found vLLM {found}")
+        raise UnsupportedError(f"this release needs vLLM {wanted}, found vLLM {found}")
 
 
 def check_parameters(function: Callable[..., object], *names: str) -> None:

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 from transformers import AutoConfig, AutoTokenizer
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from adaptive_head import load_head
+from adaptive_head.vllm.moved import make_arg_parser
 from benchmarks.servers import MOCK, OURS, STOCK, make_commands, start
 from server.cli import make_parser, prepare_args
 

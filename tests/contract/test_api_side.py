@@ -18,7 +18,6 @@ from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.generate import api_router as generate
 from vllm.entrypoints.launchers import app as launcher
 from vllm.entrypoints.launchers.api_server import app_state, entry
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.chat_completion import api_router as chat
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionRequest,
@@ -58,6 +57,7 @@ from vllm.v1.metrics.stats import IterationStats
 from adaptive_head.options import EXTRA_ARGS_KEY, AdaptiveRequest, Options, resolve_options
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError
+from adaptive_head.vllm.moved import make_arg_parser
 from server.cli import PLUGIN
 from server.engine_proxy import EngineProxy
 from server.handlers import (

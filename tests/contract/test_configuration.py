@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from vllm import __version_tuple__
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.scheduler import SchedulerConfig
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -17,7 +18,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS, scheduler
 from adaptive_head.vllm.compat import (
-    SUPPORTED_MINOR,
+    SUPPORTED_MINORS,
     UnsupportedError,
     check_parameters,
     check_version,
@@ -32,19 +33,20 @@ from tests.contract.helpers import assert_in_order, assert_parameters, source
 
 
 @pytest.mark.parametrize(
-    "version", [(0, 31, 0), (0, 33, 0), (1, 0, 0), (1, 32, 0), (0, 0, "dev"), ("0", 32)]
+    "version", [(0, 31, 0), (0, 34, 0), (1, 0, 0), (1, 32, 0), (0, 0, "dev"), ("0", 32)]
 )
 def test_another_minor_of_vllm_is_refused(version):
-    with pytest.raises(UnsupportedError, match=r"needs vLLM 0\.32\.x, found vLLM \d"):
+    with pytest.raises(UnsupportedError, match=r"needs vLLM 0\.32 or 0\.33, found vLLM \d"):
         check_version(version)
 
 
-def test_the_installed_vllm_is_the_supported_minor():
-    from vllm import __version_tuple__
+@pytest.mark.parametrize("version", [(0, 32, 0), (0, 32, 7, "dev1"), (0, 33, 0), (0, 33, 1)])
+def test_every_release_of_a_supported_minor_is_accepted(version):
+    check_version(version)
 
-    assert __version_tuple__[:2] == SUPPORTED_MINOR
-    check_version(__version_tuple__)
-    check_version((0, 32, 7, "dev1"))
+
+def test_the_installed_vllm_is_of_a_supported_minor():
+    assert __version_tuple__[:2] in SUPPORTED_MINORS
 
 
 def test_check_parameters_names_both_sides():

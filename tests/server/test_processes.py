@@ -18,9 +18,9 @@ pytestmark = pytest.mark.engine
 # What `vllm serve` runs; its console script cannot be relied on in the CPU wheel.
 VLLM_SERVE = """
 from vllm.entrypoints.cli.serve import ServeSubcommand
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from adaptive_head.vllm.moved import cli_env_setup, make_arg_parser, validate_parsed_serve_args
 
 cli_env_setup()
 args = make_arg_parser(FlexibleArgumentParser()).parse_args()

@@ -39,7 +39,7 @@ torch.cuda.set_stream = lambda *args: None
 torch.cuda.stream = lambda *args: contextlib.nullcontext()
 
 # The one kernel of this path that the interpreter cannot run.
-sampler.apply_top_k_top_p = lambda logits, k, p: apply_top_k_top_p_pytorch(logits, k, p)
+sampler.apply_top_k_top_p = lambda logits, k, p, **hints: apply_top_k_top_p_pytorch(logits, k, p)
 
 
 def _to_boolean(mask):
