@@ -1,5 +1,6 @@
 # make serve   start the server; MODEL=, HEAD=, HOST=, PORT=, ARGS= change what it serves
 # make test    run the whole test suite; ARGS= goes to pytest
+# make test-0.33  run the tests that touch vLLM on vLLM 0.33, whose Python files it downloads once
 # make lint    check style and types; make format repairs the style
 
 PYTHON ?= python3.11
@@ -15,7 +16,7 @@ DEVICE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 BIN := .venv/bin
 INSTALLED := .venv/installed-$(DEVICE)
 
-.PHONY: serve test lint format clean
+.PHONY: serve test test-0.33 lint format clean
 
 serve: $(INSTALLED)
 	$(if $(MODEL),,@$(BIN)/python -m adaptive_head.embedded_model >/dev/null)
@@ -24,6 +25,11 @@ serve: $(INSTALLED)
 
 test: $(INSTALLED)-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-0.33: $(INSTALLED)-dev
+	overlay="$$($(BIN)/python -m tests.minors.overlay)" && \
+	PYTHONPATH="$$overlay$${PYTHONPATH:+:$$PYTHONPATH}" \
+	$(BIN)/python -m pytest --minor=0.33 @tests/minors/tests.txt $(ARGS)
 
 lint: $(INSTALLED)-dev
 	$(BIN)/ruff check .

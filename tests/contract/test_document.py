@@ -10,6 +10,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from vllm import __version_tuple__
+
+from adaptive_head.vllm import moved as moved_names
+from adaptive_head.vllm.compat import SUPPORTED_MINORS
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENT = ROOT / "docs" / "vllm-coupling.md"
@@ -130,6 +134,18 @@ def is_of(name: str, *packages: str) -> bool:
 def test_every_import_of_vllm_is_in_the_document(path):
     imported = {name for name in imports_of(path) if is_of(name, "vllm")}
     assert imported <= ROWS.keys(), imported - ROWS.keys()
+
+
+def test_moved_names_are_imported_in_one_place():
+    """Elsewhere they would be right on one minor only. Code in strings counts too."""
+    moved = ROOT / "adaptive_head" / "vllm" / "moved.py"
+    names = {name.rpartition(".")[::2] for name in imports_of(moved)} - {("vllm", "__version_tuple__")}
+    assert len(names) == 2 * len(set(moved_names.__all__))
+    for path in files_of(*PACKAGES, "tests", "benchmarks", "loadtests", "experiments"):
+        text = path.read_text()
+        for module, name in names if path != moved else ():
+            found = re.findall(rf"from {re.escape(module)} import (\([^)]*\)|.*)", text)
+            assert not any(re.search(rf"\b{name}\b", line) for line in found), f"{path}: {name}"
 
 
 def test_private_names_of_other_packages_are_in_the_document():

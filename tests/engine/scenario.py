@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams, __version__
 
 from adaptive_head import load_head
 from adaptive_head.vllm import LOADING
@@ -36,6 +36,7 @@ def run(scenario: dict) -> dict:
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     is_adaptive = "adaptive" in (scenario["engine"].get("additional_config") or {})
     return {
+        "version": __version__,
         "answers": answers,
         "num_preemptions": metrics["vllm:num_preemptions"],
         "num_accepted": metrics.get("vllm:spec_decode_num_accepted_tokens"),

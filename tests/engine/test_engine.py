@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import vllm
 
 from adaptive_head.options import AdaptiveRequest, Options, resolve_options
 from adaptive_head.policies import EDT_BASE
@@ -263,6 +264,10 @@ def assert_phases(request, answer):
         text.append(token)
     assert answer["micros"] == expected
     assert len(set(expected)) == 2, "the model has not written a marker"
+
+
+def test_engines_run_the_vllm_under_test(serve):
+    assert serve("plain")["version"] == vllm.__version__
 
 
 def test_every_policy_in_one_batch_is_aligned(serve, model_of, networks):

@@ -5,6 +5,7 @@ import os
 import sys
 
 import pytest
+import vllm
 
 from tests.server.conftest import ENGINE_OPTIONS, MODEL, running
 
@@ -86,6 +87,11 @@ def about(value):
         case float():
             return pytest.approx(value, abs=1e-3)
     return value
+
+
+def test_both_servers_run_the_vllm_under_test(server, stock):
+    for which in (server, stock):
+        assert which.get("/version").json() == {"version": vllm.__version__}
 
 
 @pytest.mark.parametrize("case", COMPLETIONS)
