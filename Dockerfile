@@ -7,7 +7,7 @@
 ARG PYTHON_BASE=python:3.12.11-slim-bookworm
 # vLLM's own images bring what is hard: its kernels and the build of PyTorch that they need.
 ARG CPU_BASE=vllm/vllm-openai-cpu:v0.32.0
-ARG CUDA_BASE=vllm/vllm-openai:v0.32.0
+ARG CUDA_BASE=vllm/vllm-openai:v0.33.0
 # 1: the image carries SmolLM2-135M-Instruct; else it is prepared at the first start.
 ARG BAKE_MODEL=""
 ARG VERSION=0.1.0

@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -18,18 +19,37 @@ from adaptive_head.vllm.compat import SUPPORTED_MINORS
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENT = ROOT / "docs" / "vllm-coupling.md"
 PACKAGES = ("adaptive_head", "server")
+MINOR = __version_tuple__[:2]
 
 
-def read_rows() -> dict[str, tuple[list[str], list[str]]]:
-    """Symbols of the document's tables, with what of them is used and the tests that are named."""
-    rows: dict[str, tuple[list[str], list[str]]] = {}
+@dataclass(frozen=True)
+class Row:
+    """What the document says of a symbol.
+
+    Attributes:
+        used: the parts of it that are used.
+        minors: those that have it.
+    """
+
+    used: list[str]
+    kind: str
+    minors: set[tuple[int, int]]
+    tests: list[str]
+
+
+def read_rows() -> dict[str, Row]:
+    """The rows of the document's tables, by symbol."""
+    rows: dict[str, Row] = {}
     for line in DOCUMENT.read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
-        if not line.startswith("| `") or len(cells) != 5:
+        if not line.startswith("| `") or len(cells) < 5:
             continue
+        assert len(cells) == 6, f"a row of {len(cells)} cells: {line}"
         symbol, *used = re.findall(r"`([^`]+)`", cells[0])
         assert symbol not in rows, f"{symbol} has two rows"
-        rows[symbol] = used, re.findall(r"`(test_\w+)`", cells[4])
+        only = re.match(r"(\d+)\.(\d+) only", cells[3])
+        minors = {(int(only[1]), int(only[2]))} if only else SUPPORTED_MINORS
+        rows[symbol] = Row(used, cells[2], minors, re.findall(r"`(test_\w+)`", cells[5]))
     return rows
 
 
@@ -75,10 +95,10 @@ def source_of(cls: type) -> str:
         return ""
 
 
-@pytest.mark.parametrize("symbol", ROWS)
+@pytest.mark.parametrize("symbol", [name for name, row in ROWS.items() if MINOR in row.minors])
 def test_every_symbol_of_the_document_exists(symbol):
     thing = resolve(symbol)
-    for name in ROWS[symbol][0]:
+    for name in ROWS[symbol].used:
         if name.startswith("state."):
             assert f"{name} = " in inspect.getsource(thing), name
         else:
@@ -86,8 +106,20 @@ def test_every_symbol_of_the_document_exists(symbol):
             assert has(thing, name[1:]), f"{symbol}{name} is gone"
 
 
+@pytest.mark.parametrize("symbol", [name for name, row in ROWS.items() if MINOR not in row.minors])
+def test_symbols_of_other_minors_do_not_exist(symbol):
+    with pytest.raises((AttributeError, AssertionError)):
+        resolve(symbol)
+
+
+def test_rows_name_supported_minors_and_known_kinds():
+    for symbol, row in ROWS.items():
+        assert row.minors <= SUPPORTED_MINORS, symbol
+        assert re.match(r"(seam|documented|internal)\b", row.kind), f"{symbol}: {row.kind}"
+
+
 def test_a_symbol_that_is_gone_would_be_found():
-    assert len(ROWS) > 60
+    assert len(ROWS) > 60 and 0 < sum(MINOR not in row.minors for row in ROWS.values()) < 10
     with pytest.raises(AttributeError):
         resolve("vllm.v1.outputs.SamplingMaskList")
     scheduler = resolve("vllm.v1.core.sched.scheduler.Scheduler")
@@ -139,7 +171,9 @@ def test_every_import_of_vllm_is_in_the_document(path):
 def test_moved_names_are_imported_in_one_place():
     """Elsewhere they would be right on one minor only. Code in strings counts too."""
     moved = ROOT / "adaptive_head" / "vllm" / "moved.py"
-    names = {name.rpartition(".")[::2] for name in imports_of(moved)} - {("vllm", "__version_tuple__")}
+    names = {name.rpartition(".")[::2] for name in imports_of(moved)} - {
+        ("vllm", "__version_tuple__")
+    }
     assert len(names) == 2 * len(set(moved_names.__all__))
     for path in files_of(*PACKAGES, "tests", "benchmarks", "loadtests", "experiments"):
         text = path.read_text()

@@ -89,7 +89,14 @@ def test_of_two_processes_one_builds_and_both_get_it(tmp_path):
 
 def test_what_a_cpu_cannot_run_stays_in_the_wheel(tmp_path):
     wheel = tmp_path / "vllm.whl"
-    names = ["vllm/a.py", "vllm/b/c.json", "vllm/_C.abi3.so", "vllm/k.cuh", "vllm/vllm-rs", "x/y.py"]
+    names = [
+        "vllm/a.py",
+        "vllm/b/c.json",
+        "vllm/_C.abi3.so",
+        "vllm/k.cuh",
+        "vllm/vllm-rs",
+        "x/y.py",
+    ]
     with zipfile.ZipFile(wheel, "w") as archive:
         for name in names:
             archive.writestr(name, "")
@@ -120,6 +127,6 @@ def test_without_the_cpu_wheel_it_says_what_to_do(monkeypatch, capsys):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(overlay, "distribution", miss)
-    with pytest.raises(SystemExit, match="need the CPU wheel of vLLM 0.32"):
+    with pytest.raises(SystemExit, match="need the CPU wheel"):
         overlay.main()
     assert not capsys.readouterr().out
