@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Histogram
-from vllm import envs
+from vllm import __version_tuple__, envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.generate import api_router as generate
@@ -465,7 +465,9 @@ def test_chunks_are_compact_json_with_the_index_of_their_choice_first(model, con
     assert not _CHOICE.search(no_choice.model_dump_json(exclude_unset=True))
     for handler in (OpenAIServingChat, OpenAIServingCompletion):
         assert 'f"data:{' in source(handler)
-        assert "chunk.model_dump_json(exclude_unset=True)" in source(handler)
+        # From 0.33 on a chat's chunks are objects first.
+        is_text = handler is OpenAIServingCompletion or __version_tuple__[:2] == (0, 32)
+        assert ("chunk.model_dump_json(exclude_unset=True)" in source(handler)) == is_text
 
 
 # What vLLM's generators of chunks look at: whether two chunks differ in more than their text.
