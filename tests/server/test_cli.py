@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import vllm
 from vllm.platforms import current_platform
 
 from adaptive_head import AdaptiveHead, HeadConfig, load_head, save_head
@@ -81,6 +82,11 @@ def refusal(served, capsys):
         return captured.err
 
     return run
+
+
+def test_another_minor_of_vllm_is_refused_before_anything_of_it_is_imported(refusal, monkeypatch):
+    monkeypatch.setattr(vllm, "__version_tuple__", (0, 34, 0))
+    assert "this release needs vLLM 0.32 or 0.33, found vLLM 0.34.0" in refusal()
 
 
 def settings_of(args):
