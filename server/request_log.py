@@ -5,14 +5,14 @@ import json
 import logging
 import logging.handlers
 import queue
-import sys
 import threading
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter
-from starlette.types import Scope
+from pythonjsonlogger.json import JsonFormatter
 from vllm.logger import init_logger
 
 from server.record import RequestRecord
@@ -22,34 +22,35 @@ logger = init_logger("vllm.adaptive")
 STDOUT = "-"
 MAX_WAITING_LINES = 10_000
 CLOSE_TIMEOUT_S = 5.0
+# Writes ASCII, so that no text from a client can break a line or an encoding.
+FORMATTER = JsonFormatter((), json_serializer=partial(json.dumps, separators=(",", ":")))
 
 
-class RequestLog:
-    """Observes requests and writes them, in a thread of its own.
+class RequestLog(logging.handlers.QueueListener):
+    """Writes a line for every request that has ended, in a thread of its own.
 
     A disk that is slow, full or gone loses lines, and delays no request: lines that find
     `MAX_WAITING_LINES` others waiting, or cannot be written, are counted in
     `adaptive_request_log_lost_total`.
 
     Args:
-        target: a file, which is appended to (and opened anew where it was moved away, as
-            logrotate does), or "-" for the standard output.
+        target: a file, which is appended to (and reopened where it was moved away, as logrotate
+            does), or "-" for the standard output.
+
+    Raises:
+        OSError: the file cannot be opened.
     """
 
     def __init__(self, target: str, registry: CollectorRegistry = REGISTRY) -> None:
-        self._lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING_LINES)
+        self._lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+        super().__init__(self._lines, open_handler(target))
+        self._entry = logging.handlers.QueueHandler(self._lines)
+        self._entry.setFormatter(FORMATTER)
         self._lost = Counter(
             "adaptive_request_log_lost", "Lines that the log had to drop.", registry=registry
         )
-        self._handler = open_handler(target)
-        self._handler.handleError = self._count_failure  # type: ignore[method-assign]
-        self._is_failing = self._has_failed = False
-        self._is_closed = False
-        self._thread = threading.Thread(target=self._write_lines, name="request-log", daemon=True)
-        self._thread.start()
-
-    def begin(self, record: RequestRecord, scope: Scope) -> None:
-        """Nothing is written before a request ends."""
+        self._is_failing = self._is_closed = False
+        self.start()
 
     def end(self, record: RequestRecord) -> None:
         """Have the request's line written."""
@@ -57,48 +58,51 @@ class RequestLog:
 
     def write(self, fields: dict[str, Any]) -> None:
         """Have a line written; returns at once."""
-        try:
-            if self._is_closed:
-                raise queue.Full
-            self._lines.put_nowait(format_line(fields))
-        except queue.Full:
+        if self._is_closed or self._lines.qsize() >= MAX_WAITING_LINES:
             self._lost.inc()
+        else:
+            self._entry.handle(logging.makeLogRecord({"msg": fields}))
+
+    def handle(self, record: logging.LogRecord) -> None:
+        """Write a line, in the listener's thread."""
+        try:
+            super().handle(record)
+            self._is_failing = False
+        except OSError as error:
+            self._lost.inc()
+            if not self._is_failing:
+                logger.error("the request log cannot be written: %s", error)
+            self._is_failing = True
+
+    def stop(self) -> None:
+        """Write what waits, however long that takes, and close the file."""
+        super().stop()
+        with contextlib.suppress(OSError):
+            self.handlers[0].close()
 
     def close(self) -> None:
         """Write what waits, for a few seconds at most."""
         self._is_closed = True
-        try:
-            self._lines.put(None, timeout=CLOSE_TIMEOUT_S)
-        except queue.Full:
-            return
-        self._thread.join(CLOSE_TIMEOUT_S)
-
-    def _write_lines(self) -> None:
-        while (line := self._lines.get()) is not None:
-            record = logging.makeLogRecord({"msg": line})
-            self._has_failed = False
-            try:
-                self._handler.handle(record)
-            except OSError:
-                # Opening anew failed; what fails in writing comes to `_count_failure` by itself.
-                self._count_failure(record)
-            self._is_failing = self._has_failed
-        with contextlib.suppress(OSError):
-            self._handler.close()
-
-    def _count_failure(self, record: logging.LogRecord) -> None:
-        self._lost.inc()
-        self._has_failed = True
-        if not self._is_failing:
-            logger.error("the request log cannot be written: %s", sys.exc_info()[1])
+        stopping = threading.Thread(target=self.stop, daemon=True)
+        stopping.start()
+        stopping.join(CLOSE_TIMEOUT_S)
 
 
 def open_handler(target: str) -> logging.Handler:
-    """A handler that writes a line with one call, so that processes can share a file."""
-    if target != STDOUT:
-        return logging.handlers.WatchedFileHandler(target, encoding="utf-8")
+    """A handler that writes a line with one call, so that processes can share a file, and raises
+    what it would otherwise print."""
+
+    def raise_again(record: logging.LogRecord) -> NoReturn:
+        raise
+
     # Not sys.stdout: vLLM puts a prefix before every line of that.
-    return logging.StreamHandler(open(1, "w", encoding="utf-8", closefd=False))
+    handler = (
+        logging.StreamHandler(open(1, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+        if target == STDOUT
+        else logging.handlers.WatchedFileHandler(target, encoding="utf-8")
+    )
+    handler.handleError = raise_again  # type: ignore[method-assign]
+    return handler
 
 
 def check_target(target: str) -> None:
@@ -111,7 +115,8 @@ def check_target(target: str) -> None:
         return
     try:
         with Path(target).open("a", encoding="utf-8") as file:
-            file.write(format_line({"time": tell_time(), "level": "info", "event": "start"}) + "\n")
+            line = {"time": tell_time(), "level": "info", "event": "start"}
+            file.write(FORMATTER.format(logging.makeLogRecord({"msg": line})) + "\n")
     except OSError as error:
         raise ValueError(f"--request-log {target}: {error.strerror}") from None
 
@@ -138,11 +143,6 @@ def describe(record: RequestRecord) -> dict[str, Any]:
     }
     optional = {"error": record.error, "adaptive": record.adaptive, "trace_id": record.trace_id}
     return fields | {key: value for key, value in optional.items() if value is not None}
-
-
-def format_line(fields: dict[str, Any]) -> str:
-    """JSON in ASCII: no text that a client sends can break a line or an encoding."""
-    return json.dumps(fields, separators=(",", ":"))
 
 
 def tell_time() -> str:
