@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.logger import init_logger
@@ -119,8 +119,8 @@ class RequestRecord:
         return summarise(list(self._reports)) if self._reports else None
 
 
-class Observer(Protocol):
-    """Is told of every request to an inference route. What it raises is logged, no more."""
+class Observer:
+    """Sees requests to inference routes begin and end. What it raises is logged, no more."""
 
     def begin(self, record: RequestRecord, scope: Scope) -> None: ...
 
@@ -147,7 +147,7 @@ def bound(text: str | None) -> str | None:
 
 
 class Recorder:
-    """ASGI middleware: one record a request to one of `paths`, shown to every observer."""
+    """ASGI middleware: one record per request to one of `paths`, shown to every observer."""
 
     def __init__(self, app: ASGIApp, paths: Collection[str], observers: Sequence[Observer]) -> None:
         self._app = app

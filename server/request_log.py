@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter
 from pythonjsonlogger.json import JsonFormatter
 from vllm.logger import init_logger
 
-from server.record import RequestRecord
+from server.record import Observer, RequestRecord
 
 logger = init_logger("vllm.adaptive")
 
@@ -26,7 +26,7 @@ CLOSE_TIMEOUT_S = 5.0
 FORMATTER = JsonFormatter((), json_serializer=partial(json.dumps, separators=(",", ":")))
 
 
-class RequestLog(logging.handlers.QueueListener):
+class RequestLog(logging.handlers.QueueListener, Observer):
     """Writes a line for every request that has ended, in a thread of its own.
 
     A disk that is slow, full or gone loses lines, and delays no request: lines that find
@@ -89,11 +89,10 @@ class RequestLog(logging.handlers.QueueListener):
 
 
 def open_handler(target: str) -> logging.Handler:
-    """A handler that writes a line with one call, so that processes can share a file, and raises
-    what it would otherwise print."""
+    """A handler that writes a line with one call, so that processes can share a file."""
 
     def raise_again(record: logging.LogRecord) -> NoReturn:
-        raise
+        raise  # what a handler would print otherwise
 
     # Not sys.stdout: vLLM puts a prefix before every line of that.
     handler = (

@@ -4,6 +4,10 @@ vLLM's own span `llm_request` ends in the engine's client and takes no attribute
 stands around the request: it is the child of the caller's span, and its context replaces the
 caller's in the request's headers, from where vLLM takes the parent of its own. Whether a request
 is sampled stays the caller's decision.
+
+OpenTelemetry's own ASGI middleware does not fit: it ends its span with the response's last byte,
+before the tokens of a background response are known; it exports the client's address and the query;
+and it fails requests whose headers it cannot decode.
 """
 
 from opentelemetry import trace
@@ -11,7 +15,7 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, TracerProvider
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import Scope
 
-from server.record import RequestRecord
+from server.record import Observer, RequestRecord
 
 # By the end of a path; the names are those of OpenTelemetry's conventions for generative AI.
 OPERATIONS = {"/v1/completions": "text_completion"}
@@ -20,11 +24,11 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 _HEADERS = frozenset(name.encode() for name in _PROPAGATOR.fields)
 
 
-class Tracer:
+class Tracer(Observer):
     """Observes requests, and makes a span of each."""
 
     def __init__(self, provider: TracerProvider | None = None) -> None:
-        # vLLM sets the global provider, with its exporter, when it starts the engine's client.
+        # vLLM sets the global provider when it starts the engine's client, and flushes it.
         self._tracer = trace.get_tracer("adaptive-head-server", tracer_provider=provider)
         self._spans: dict[RequestRecord, Span] = {}
 
@@ -63,9 +67,6 @@ class Tracer:
                 describe(span, record)
         finally:
             span.end()
-
-    def close(self) -> None:
-        """vLLM flushes the exporter when the process ends."""
 
 
 def describe(span: Span, record: RequestRecord) -> None:

@@ -68,7 +68,9 @@ def test_what_the_caller_does_not_sample_is_not_sampled(trace):
     assert TRACE_ID.encode() in headers[b"traceparent"]
 
 
-@pytest.mark.parametrize("header", [b"", b"nonsense", b"00-\xff-1-01", b"00-0-0-00" * 1000])
+@pytest.mark.parametrize(
+    "header", [b"", b"nonsense", b"00-\xff-1-01", b"\xff\\x", b"00-0-0-00" * 1000]
+)
 def test_a_wrong_header_begins_a_trace(trace, header):
     span, headers = trace(make_record(), (b"traceparent", header))
     assert span.parent is None
