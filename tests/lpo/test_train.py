@@ -1,6 +1,5 @@
 """Training on made-up features in which the right temperature is known."""
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,17 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from adaptive_head.checkpoint import BaseModelIdentity, load_head
 from adaptive_head.head import AdaptiveHead
-from adaptive_head.lpo import train
+from adaptive_head.lpo import pair_rows, trainer
 from adaptive_head.lpo.experiment import HeadRecipe
 from adaptive_head.lpo.feature_file import Features
 from adaptive_head.lpo.records import Pair, Side
-from adaptive_head.lpo.train import TrainingError, TrainingResult, split_pairs, train_head
+from adaptive_head.lpo.train import TrainingResult, split_pairs, train_head
+from adaptive_head.lpo.trainer import TrainingError
 
 IDENTITY = BaseModelIdentity(name="tiny", fingerprint="0123456789abcdef")
 TEMPERATURES = (0.2, 0.6, 1.0)
@@ -146,7 +144,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 
 def stop_after(monkeypatch, num_epochs: int) -> None:
     """As if the process were killed in the epoch after, some of its batches done."""
-    original = train._Trainer.run_epoch
+    original = trainer.Trainer.run_epoch
 
     def run_epoch(self, epoch, advance):
         def interrupt():
@@ -155,26 +153,14 @@ def stop_after(monkeypatch, num_epochs: int) -> None:
 
         return original(self, epoch, interrupt)
 
-    monkeypatch.setattr(train._Trainer, "run_epoch", run_epoch)
-
-
-def record_epochs(monkeypatch) -> list[int]:
-    epochs = []
-    original = train._Trainer.run_epoch
-
-    def run_epoch(self, epoch, advance):
-        epochs.append(epoch)
-        return original(self, epoch, advance)
-
-    monkeypatch.setattr(train._Trainer, "run_epoch", run_epoch)
-    return epochs
+    monkeypatch.setattr(trainer.Trainer, "run_epoch", run_epoch)
 
 
 def forbid_training(monkeypatch) -> None:
     def run_epoch(self, epoch, advance):
         raise AssertionError("it trains")
 
-    monkeypatch.setattr(train._Trainer, "run_epoch", run_epoch)
+    monkeypatch.setattr(trainer.Trainer, "run_epoch", run_epoch)
 
 
 def check_rule(folder: Path) -> None:
@@ -319,13 +305,13 @@ def test_training_is_deterministic(tmp_path, tokens, loss):
 
 def test_epochs_differ_in_the_order_of_their_pairs(tmp_path, monkeypatch, tokens):
     packed: list[list[int]] = []
-    original = train._PairRows.pack
+    original = pair_rows.PairRows.pack
 
     def pack(self, pairs, device):
         packed.append(list(pairs))
         return original(self, pairs, device)
 
-    monkeypatch.setattr(train._PairRows, "pack", pack)
+    monkeypatch.setattr(pair_rows.PairRows, "pack", pack)
     fit(tmp_path, tokens, make_recipe(max_epochs=2))
     validation, *batches = packed
     assert [len(batch) for batch in batches] == [16, 16, 16, 16]
@@ -338,89 +324,24 @@ def test_epochs_differ_in_the_order_of_their_pairs(tmp_path, monkeypatch, tokens
 def test_rows_that_stay_on_disk_train_the_same_head(tmp_path, monkeypatch, tokens):
     recipe = make_recipe(loss="cross_entropy")
     fit(tmp_path / "memory", tokens, recipe)
-    monkeypatch.setattr(train, "_MAX_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr(pair_rows, "_MAX_BYTES_IN_MEMORY", 0)
     fit(tmp_path / "disk", tokens, recipe)
     assert read_weights(tmp_path / "memory") == read_weights(tmp_path / "disk")
 
 
 @pytest.mark.parametrize("loss", ["eq10", "cross_entropy"])
-def test_a_run_that_goes_on_gives_the_same_head(tmp_path, monkeypatch, tokens, loss):
-    recipe = make_recipe(loss=loss, max_epochs=5)
+def test_a_killed_fit_starts_again_and_gives_the_same_head(tmp_path, monkeypatch, tokens, loss):
+    recipe = make_recipe(loss=loss)
     whole = fit(tmp_path / "whole", tokens, recipe)
-    with monkeypatch.context() as context:
-        stop_after(context, 3)
-        with pytest.raises(KeyboardInterrupt):
-            fit(tmp_path / "halves", tokens, recipe)
-    assert not (tmp_path / "halves" / "head").exists()
-    with safe_open(tmp_path / "halves" / "checkpoint.safetensors", framework="pt") as file:
-        assert len(json.loads(file.metadata()["state"])["history"]) == 1 + 3
-    epochs = record_epochs(monkeypatch)
-    halves = fit(tmp_path / "halves", tokens, recipe)
-    assert epochs == [4, 5]
-    assert read_weights(tmp_path / "whole") == read_weights(tmp_path / "halves")
-    assert replace(whole, seconds=0) == replace(halves, seconds=0)
-    assert read_history(tmp_path / "whole") == read_history(tmp_path / "halves")
-    assert not (tmp_path / "halves" / "checkpoint.safetensors").exists()
-
-
-def test_the_best_weights_survive_an_interruption(tmp_path, monkeypatch):
-    """The best epoch is before the interruption, the early stop behind it."""
-    planted, recipe = make_noise()
-    whole = fit(tmp_path / "whole", planted, recipe)
-    assert whole.best_epoch < whole.epochs
-    with monkeypatch.context() as context:
-        stop_after(context, whole.best_epoch + 1)
-        with pytest.raises(KeyboardInterrupt):
-            fit(tmp_path / "halves", planted, recipe)
-    fit(tmp_path / "halves", planted, recipe)
-    assert read_weights(tmp_path / "whole") == read_weights(tmp_path / "halves")
-    assert read_history(tmp_path / "whole") == read_history(tmp_path / "halves")
-
-
-def test_a_kill_while_a_checkpoint_is_written_loses_one_epoch(tmp_path, monkeypatch, tokens):
-    recipe = make_recipe()
-    fit(tmp_path / "whole", tokens, recipe)
-    original = train.save_file
-
-    def save_half(tensors, path, metadata):
-        original(tensors, path, metadata=metadata)
-        if len(json.loads(metadata["state"])["history"]) == 1 + 3:
-            path.write_bytes(path.read_bytes()[:500])
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as context:
-        context.setattr(train, "save_file", save_half)
-        with pytest.raises(KeyboardInterrupt):
-            fit(tmp_path / "halves", tokens, recipe)
-    epochs = record_epochs(monkeypatch)
-    fit(tmp_path / "halves", tokens, recipe)
-    assert epochs == [3, 4]
-    assert read_weights(tmp_path / "whole") == read_weights(tmp_path / "halves")
-    assert [step for step, _ in read_logs(tmp_path / "halves")["loss/training"]] == [1, 2, 3, 4]
-
-
-def test_a_checkpoint_of_other_settings_is_not_used(tmp_path, monkeypatch, capsys, tokens):
-    recipe = make_recipe()
-    fit(tmp_path / "fresh", tokens, recipe)
     with monkeypatch.context() as context:
         stop_after(context, 2)
         with pytest.raises(KeyboardInterrupt):
-            fit(tmp_path / "used", tokens, recipe.model_copy(update={"beta": 5.0}))
-    capsys.readouterr()
-    fit(tmp_path / "used", tokens, recipe)
-    assert "checkpoint.safetensors is of other settings" in capsys.readouterr().err
-    assert len(list((tmp_path / "used" / "tensorboard").iterdir())) == 1
-    assert read_weights(tmp_path / "fresh") == read_weights(tmp_path / "used")
-
-
-def test_a_damaged_checkpoint_is_not_used(tmp_path, capsys, tokens):
-    recipe = make_recipe()
-    fit(tmp_path / "fresh", tokens, recipe)
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "checkpoint.safetensors").write_bytes(b"\x08" * 40)
-    fit(tmp_path / "used", tokens, recipe)
-    assert "is damaged" in capsys.readouterr().err
-    assert read_weights(tmp_path / "fresh") == read_weights(tmp_path / "used")
+            fit(tmp_path / "killed", tokens, recipe)
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["tensorboard"]
+    again = fit(tmp_path / "killed", tokens, recipe)
+    assert read_weights(tmp_path / "whole") == read_weights(tmp_path / "killed")
+    assert replace(whole, seconds=0) == replace(again, seconds=0)
+    assert read_history(tmp_path / "whole") == read_history(tmp_path / "killed")
 
 
 def test_a_finished_head_is_not_trained_again(tmp_path, monkeypatch, capsys, tokens):
@@ -524,13 +445,13 @@ def test_cross_entropy_drops_at_random_in_training_and_in_expectation_in_validat
     tmp_path, monkeypatch, tokens
 ):
     calls = []
-    original = train.weigh_positions
+    original = trainer.weigh_positions
 
     def weigh_positions(right, generator):
         calls.append(generator)
         return original(right, generator)
 
-    monkeypatch.setattr(train, "weigh_positions", weigh_positions)
+    monkeypatch.setattr(trainer, "weigh_positions", weigh_positions)
     result = fit(tmp_path, tokens, make_recipe(loss="cross_entropy", max_epochs=1))
     assert [generator is None for generator in calls] == [True, False, False, True]
     network = load_head(tmp_path / "head").network
@@ -552,15 +473,6 @@ def test_cross_entropy_drops_at_random_in_training_and_in_expectation_in_validat
 
 def test_training_lasts_max_epochs_at_most(tmp_path, tokens):
     assert fit(tmp_path, tokens, make_recipe(max_epochs=3)).epochs == 3
-
-
-def test_the_checkpoint_has_no_pickle(tmp_path, monkeypatch, tokens):
-    stop_after(monkeypatch, 1)
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path, tokens, make_recipe())
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.safetensors", "tensorboard"}
-    names = load_file(tmp_path / "checkpoint.safetensors").keys()
-    assert {name.split(".")[0] for name in names} == {"head", "best", "optimizer"}
 
 
 def read_logs(folder: Path) -> dict[str, list[tuple[int, float]]]:
