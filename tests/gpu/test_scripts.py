@@ -1,0 +1,224 @@
+"""The scripts for a GPU, tried without one: a slip that would show there shows here."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from adaptive_head.vllm import selector_v2
+from tests.gpu import checks, graphs, kernels, loading, steps, tier1, timing
+from tests.gpu.checks import FAILED, NOT_RUN, OK, ROOT, SKIPPED, Check, Setting, run_checks
+from tests.gpu.command import run_tier
+from tests.gpu.texts import make_options
+from tests.kernels.test_head_runner import FakeGraph
+
+ON_CPU = Setting("cpu", budget_s=60)
+
+
+def sample(name, limit_s=30.0, **fields):
+    return Check(name, f"tests.gpu.samples:{name}", limit_s, **fields)
+
+
+def test_each_check_has_an_outcome_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(checks, "MIN_SECONDS", 1.0)
+    pid_file = tmp_path / "pid"
+    group = [
+        sample("succeed", arguments={"value": 2.5}),
+        sample("fail"),
+        sample("skip"),
+        sample("die"),
+        sample("import_vllm"),
+        sample("hang", 1.5, arguments={"pid_file": str(pid_file)}),
+        Check("on a GPU", "no.such:module", 30, needs_gpu=True),
+        Check("no time", "no.such:module", 0.5),
+        Check("no module", "no.such:module", 30),
+    ]
+    outcomes = list(run_checks([group], replace(ON_CPU, blocked=("vllm",))))
+    assert {one.name: (one.outcome, one.reason) for one in outcomes} == {
+        "succeed": (OK, ""),
+        "fail": (FAILED, "AssertionError: two"),
+        "skip": (SKIPPED, "no such thing here"),
+        "die": (FAILED, "its process ended with code 3"),
+        "import_vllm": (
+            FAILED,
+            "ModuleNotFoundError: import of vllm halted; None in sys.modules",
+        ),
+        "hang": (FAILED, "took longer than 2 s and was killed"),
+        "on a GPU": (SKIPPED, "needs a GPU"),
+        "no time": (NOT_RUN, "the 60 s of the tier are spent"),
+        "no module": (FAILED, "ModuleNotFoundError: No module named 'no'"),
+    }
+    assert outcomes[0].figures == {"device": "cpu", "value": 2.5}
+    assert "before the failure" in outcomes[1].log and outcomes[3].log == ("last words",)
+    assert not outcomes[0].log
+    table = checks.make_table(outcomes)
+    assert "succeed      ok" in table and "value 2.5" in table
+    assert "--- die: its process ended with code 3\nlast words" in table
+    # What a check has started ends with it.
+    deadline = time.monotonic() + 10
+    while is_running(int(pid_file.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(int(pid_file.read_text()))
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            # A zombie waits for its new parent only.
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(("name", "code"), [("succeed", 0), ("skip", 0), ("fail", 1), ("die", 1)])
+def test_the_exit_code_says_whether_a_check_failed(name, code, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("tests.gpu.command.MACHINE", sample("succeed"))
+    groups = [[sample(name)], [sample("succeed")]]
+    assert run_tier(1, groups, ON_CPU, tmp_path / "x.json") == code
+    document = json.loads((tmp_path / "x.json").read_text())
+    # Those after a failure run all the same.
+    assert [check["outcome"] for check in document["checks"]][::2] == [OK, OK]
+    assert name in capsys.readouterr().out
+    assert run_tier(1, groups, ON_CPU, only=["unknown"]) == 2
+
+
+def test_a_check_that_does_not_fit_is_reported_and_not_passed(capsys, monkeypatch):
+    monkeypatch.setattr("tests.gpu.command.MACHINE", sample("succeed"))
+    assert run_tier(1, [[sample("succeed")]], replace(ON_CPU, budget_s=10.1)) == 1
+    assert "not run" in capsys.readouterr().out
+
+
+def test_tier_1_runs_on_a_cpu_and_without_vllm(tmp_path):
+    arguments = ["--device", "cpu", "--only", "kernels, float32", "--only", "graph replay"]
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.tier1", *arguments, "--json", tmp_path / "x.json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    document = json.loads((tmp_path / "x.json").read_text())
+    assert document["versions"]["torch"] == torch.__version__
+    outcomes = {check["name"]: check for check in document["checks"]}
+    assert outcomes["kernels, float32"]["figures"]["rows"] > 100
+    assert outcomes["graph replay"]["outcome"] == SKIPPED
+    for name in ("kernels, float32", "graph replay"):
+        assert name in process.stdout
+
+
+def test_every_check_of_tier_1_exists():
+    for check in (check for group in tier1.GROUPS for check in group):
+        module, name = check.function.split(":")
+        assert hasattr(sys.modules[module], name), check.function
+    limits = [max(check.limit_s for check in group) for group in tier1.GROUPS]
+    assert sum(limits) <= 420
+
+
+# What needs a GPU, on a CPU with fakes for CUDA: its code runs, and it can fail.
+
+
+class CapturingGraph(FakeGraph):
+    """Knows whether it is being captured. Shared, as the state of CUDA's stream is."""
+
+    is_capturing = False
+
+    def capture_begin(self, *args, **kwargs):
+        CapturingGraph.is_capturing = True
+        super().capture_begin(*args, **kwargs)
+
+    def capture_end(self):
+        CapturingGraph.is_capturing = False
+        if hasattr(self, "output"):
+            super().capture_end()
+        else:
+            self.hook.remove()
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Graphs that record what a head does; nothing else of CUDA does anything."""
+    for module in (steps, kernels, timing, loading):
+        monkeypatch.setattr(module, "can_capture", lambda _: True)
+    monkeypatch.setattr(loading, "_check_allocator", lambda _: None)
+    monkeypatch.setattr(loading, "_check_refusal", lambda _: None)
+    monkeypatch.setattr(loading, "_copying", lambda _: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", CapturingGraph)
+    monkeypatch.setattr(
+        torch.cuda, "is_current_stream_capturing", lambda: CapturingGraph.is_capturing
+    )
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    return modes
+
+
+def test_graphs_are_compared_with_eager_heads(cuda):
+    figures = graphs.compare_replay("cpu")
+    assert figures["equal_bit_for_bit"] == figures["runs"] == 2 * len(graphs.NUM_ROWS) * 4
+
+
+def test_a_graph_that_keeps_its_first_rows_is_found(cuda, monkeypatch):
+    monkeypatch.setattr(FakeGraph, "replay", lambda self: None)
+    with pytest.raises(AssertionError, match="rows: off by"):
+        graphs.compare_replay("cpu")
+
+
+@pytest.fixture
+def few_requests(monkeypatch):
+    """A few kinds of requests, in the place of all."""
+    options = [
+        None,
+        make_options("head", name="first"),
+        make_options("head", name="second", level="sequence", select="sample"),
+        make_options("entropy"),
+        make_options("two_phase"),
+    ]
+    for module in (kernels, loading):
+        monkeypatch.setattr(module, "list_options", lambda *_: options)
+
+
+@pytest.mark.parametrize("check", [loading.load_between_steps, loading.load_after_last])
+def test_heads_come_and_go(check, cuda):
+    assert check("cpu")["rows"] > 20
+
+
+def test_steps_are_watched(cuda, few_requests):
+    figures = loading.step_unsynchronised("cpu")
+    assert figures["rows"] > 50
+    assert cuda == ["default", "default", "error", "default"] * 4
+
+
+def test_a_capture_that_fails_is_followed_by_one_that_works(cuda, monkeypatch):
+    # On a CPU nothing keeps a capture from waiting.
+    monkeypatch.setattr(loading, "BROKEN_HEADS", (loading.BrokenHead,))
+    assert loading.load_after_failure("cpu")["errors"] == ["this head is broken"]
+
+
+def test_a_capture_that_should_fail_and_does_not_is_found(cuda, monkeypatch):
+    monkeypatch.setattr(loading.BrokenHead, "forward", lambda self, hidden: hidden.float())
+    with pytest.raises(AssertionError, match="this check cannot fail"):
+        loading.load_after_failure("cpu")
+
+
+def test_times_are_taken_in_pairs(cuda, monkeypatch):
+    monkeypatch.setattr(timing, "BATCHES", (1, 3))
+    monkeypatch.setattr(timing, "NUM_PAIRS", 3)
+    monkeypatch.setattr(timing, "NUM_STEPS", 1)
+    figures = timing.measure("cpu")
+    assert set(figures) == {"1", "3"}
+    assert all(one["fixed_us"] > 0 and one["ratio"] > 0 for one in figures.values())
+
+
+def test_a_wrong_kernel_is_found(monkeypatch, few_requests):
+    """One that takes a head's first temperature for every row."""
+    right = selector_v2.choose_by_head
+
+    def choose_wrongly(choices, batch, table, head_index, scores, temperatures):
+        right(choices, batch, table, head_index, torch.zeros_like(scores), temperatures)
+
+    monkeypatch.setattr(selector_v2, "choose_by_head", choose_wrongly)
+    with pytest.raises(AssertionError):
+        kernels.compare_selectors("cpu", "float32")
