@@ -10,8 +10,12 @@ VOCAB_SIZE = 512
 HIDDEN_SIZE = 64
 
 
-def make_tiny_model(folder: Path) -> Path:
-    """Write the model; its weights are large enough that its distributions differ."""
+def make_tiny_model(folder: Path, **changes: int) -> Path:
+    """Write the model; its weights are large enough that its distributions differ.
+
+    Args:
+        changes: of its configuration.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -25,6 +29,7 @@ def make_tiny_model(folder: Path) -> Path:
         tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=2,
+        **changes,
     )
     LlamaForCausalLM(config).float().save_pretrained(folder)
     return folder

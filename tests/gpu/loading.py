@@ -225,12 +225,13 @@ def _check_refusal(device: torch.device) -> None:
 @contextmanager
 def _copying(device: torch.device) -> Iterator[None]:
     """A thread that waits for copies from the device all the time."""
-    if device.type != "cuda":
+    if not can_capture(device):
         yield
         return
-    is_over, errors = threading.Event(), []
+    is_over = threading.Event()
+    errors: list[RuntimeError] = []
     source = torch.ones(1024, device=device)
-    target = torch.empty(1024, pin_memory=True)
+    target = _allocate_pinned(len(source))
     stream, event = torch.cuda.Stream(device), torch.cuda.Event()
 
     def copy() -> None:
@@ -252,3 +253,7 @@ def _copying(device: torch.device) -> Iterator[None]:
         thread.join()
     if errors:
         raise errors[0]
+
+
+def _allocate_pinned(num_floats: int) -> torch.Tensor:
+    return torch.empty(num_floats, pin_memory=True)

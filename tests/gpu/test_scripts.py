@@ -1,18 +1,23 @@
 """The scripts for a GPU, tried without one: a slip that would show there shows here."""
 
+import importlib
 import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
+from adaptive_head import AdaptiveHead, HeadConfig
 from adaptive_head.vllm import selector_v2
-from tests.gpu import checks, graphs, kernels, loading, steps, tier1, timing
+from tests.gpu import benchmark, checks, graphs, kernels, loading, steps, tier1, tier2, timing
 from tests.gpu.checks import FAILED, NOT_RUN, OK, ROOT, SKIPPED, Check, Setting, run_checks
 from tests.gpu.command import run_tier
+from tests.gpu.engine import make_adaptive, make_request
+from tests.gpu.expectations import Alignment
 from tests.gpu.texts import make_options
 from tests.kernels.test_head_runner import FakeGraph
 
@@ -212,6 +217,74 @@ def test_times_are_taken_in_pairs(cuda, monkeypatch):
     assert all(one["fixed_us"] > 0 and one["ratio"] > 0 for one in figures.values())
 
 
+class FakeEvent:
+    """An event of a device that has done everything, half a second after the one before it."""
+
+    def __init__(self, enable_timing=False):
+        self.is_recorded = False
+
+    def record(self):
+        self.is_recorded = True
+
+    def query(self):
+        return self.is_recorded
+
+    def synchronize(self):
+        assert self.is_recorded
+
+    def elapsed_time(self, other):
+        assert self.is_recorded and other.is_recorded
+        return 500.0
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """As a CUDA device, as far as the checks themselves use one."""
+    fakes = {
+        "Event": FakeEvent,
+        "Stream": lambda _: "stream",
+        "stream": lambda _: nullcontext(),
+        "synchronize": lambda: None,
+        "memory_reserved": lambda: 0,
+        "_sleep": lambda cycles: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+
+
+def test_the_clock_notices_a_host_that_is_late(device):
+    clock, runs = timing.Clock(torch.device("cuda")), []
+    clock.calibrate(lambda: runs.append(1))
+    assert clock.measure(lambda: runs.append(1)) == 0.5
+    assert len(runs) == 3 and clock.num_late == 1
+
+
+def test_an_allocator_that_keeps_what_was_freed_is_found(device, monkeypatch):
+    loading._check_allocator(torch.device("cpu"))
+    reserved = iter((0, 1 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: next(reserved))
+    with pytest.raises(AssertionError, match="1024 MiB"):
+        loading._check_allocator(torch.device("cpu"))
+
+
+def test_a_device_that_does_not_refuse_to_wait_is_found(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    with pytest.raises(AssertionError, match="does not see"):
+        loading._check_refusal(torch.device("cpu"))
+
+
+def test_a_thread_copies_while_a_head_loads(device, monkeypatch):
+    target, number = torch.zeros(1024), []
+    monkeypatch.setattr(loading, "can_capture", lambda _: True)
+    monkeypatch.setattr(loading, "_allocate_pinned", lambda _: target)
+    with loading._copying(torch.device("cpu")):
+        deadline = time.monotonic() + 10
+        while not target.any() and time.monotonic() < deadline:
+            number.append(1)
+    assert target.eq(1).all()
+
+
 def test_a_wrong_kernel_is_found(monkeypatch, few_requests):
     """One that takes a head's first temperature for every row."""
     right = selector_v2.choose_by_head
@@ -222,3 +295,87 @@ def test_a_wrong_kernel_is_found(monkeypatch, few_requests):
     monkeypatch.setattr(selector_v2, "choose_by_head", choose_wrongly)
     with pytest.raises(AssertionError):
         kernels.compare_selectors("cpu", "float32")
+
+
+# Tier 2 needs engines; here are the parts that do not.
+
+
+def test_tier_2_ends_within_its_budget_and_its_functions_exist():
+    groups = tier2.make_groups(None)
+    for check in (check for group in groups for check in group):
+        module, name = check.function.split(":")
+        assert hasattr(importlib.import_module(module), name), check.function
+    assert groups[-1][0].limit_s > groups[-1][0].arguments["limit_s"]
+
+
+def test_the_figures_of_a_benchmark_are_ratios_by_batch_size():
+    ratio = {"tpot_s": {"mean": 1.001, "interval_95": [0.999, 1.003]}}
+    result = {
+        "config": "llama-3-8b",
+        "threads": None,
+        "model_runner": "V2",
+        "async_scheduling": True,
+        "heads_memory_bytes": 7,
+        "arms": {"ordinary": {"1": {"tpot_s": 0.005}}},
+        "ratios": {name: {"1": ratio} for name in benchmark.RATIOS},
+    }
+    figures = benchmark.summarise(result, is_whole=True)
+    assert figures["batch 1"]["adaptive / ordinary"] == [1.001, 0.999, 1.003]
+    assert figures["batch 1"]["tpot_ms"] == {"ordinary": 5.0}
+    for wrong in ({"model_runner": "V1"}, {"async_scheduling": False}, {"ratios": {}}):
+        with pytest.raises(AssertionError):
+            benchmark.summarise(result | wrong, is_whole=True)
+
+
+class Networks:
+    """A reference whose hidden states are the tokens that come next, one-hot."""
+
+    def __init__(self):
+        config = HeadConfig(4, (0.0, 0.5, 1.0, 1.5), ())
+        head = AdaptiveHead(config)
+        with torch.no_grad():
+            head.layers[0].weight.copy_(torch.eye(4) * 9)
+        self.networks = {"tok": head, "seq": head}
+
+    def run(self, prompt, token_ids):
+        text = (prompt + token_ids)[len(prompt) - 1 : -1]
+        return torch.eye(4)[text], torch.eye(4)[text] * 5
+
+
+def make_answer(token_ids, micros):
+    return {"token_ids": token_ids, "micros": micros}
+
+
+def test_alignment_accepts_right_temperatures_and_finds_a_shift():
+    request = make_adaptive([1, 2], 40, seed=1, head="tok")
+    token_ids = [(3 * place + place // 5) % 4 for place in range(40)]
+    right = [500_000 * token for token in [2, *token_ids[:-1]]]
+    alignment = Alignment(Networks())
+    alignment.add(request, make_answer(token_ids, right))
+    assert (alignment.num_clear, alignment.num_agreeing) == (40, 40)
+    shifted = Alignment(Networks())
+    shifted.add(request, make_answer(token_ids, right[1:] + right[:1]))
+    with pytest.raises(AssertionError, match="of clear choices"):
+        shifted.judge()
+
+
+@pytest.mark.parametrize(
+    ("fields", "micros", "message"),
+    [
+        ({"head": "tok"}, None, "without temperatures"),
+        ({"head": "tok"}, [1], "1 for 2 tokens"),
+        ({"head": "seq"}, [1, 2], "choice changed"),
+        ({"policy": "schedule"}, [1_000_000, 1_000_000], "schedule: token 1"),
+    ],
+)
+def test_alignment_finds_what_is_wrong(fields, micros, message):
+    request = make_adaptive([1, 2], 2, seed=1, **fields)
+    with pytest.raises(AssertionError, match=message):
+        Alignment(Networks()).add(request, make_answer([1, 3], micros))
+
+
+def test_an_ordinary_answer_has_no_temperatures():
+    request = make_request([1, 2], 2, seed=1)
+    Alignment(Networks()).add(request, make_answer([1, 3], None))
+    with pytest.raises(AssertionError, match="ordinary"):
+        Alignment(Networks()).add(request, make_answer([1, 3], [1, 1]))
