@@ -18,7 +18,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from adaptive_head.checkpoint import read_metadata
 from adaptive_head.options import AdaptiveRequest, Options, resolve_options
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
-from adaptive_head.vllm.choices import ChoiceReader
+from adaptive_head.vllm.wire import DecisionReader
 from benchmarks.stock import is_v2, put_back, take_out
 
 STOCK = "stock"
@@ -230,15 +230,17 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def read_answers(outputs: Sequence[tuple[str, CompletionOutput]]) -> list[Answer]:
     """The temperatures of every output, by request id; None before a request's first."""
-    readers: dict[str, ChoiceReader] = {}
+    readers: dict[str, DecisionReader] = {}
     answers: list[Answer] = []
     for request_id, completion in outputs:
         if completion.sampling_mask is not None:
-            readers.setdefault(request_id, ChoiceReader())
+            readers.setdefault(request_id, DecisionReader())
         num_new, micros = len(completion.token_ids), None
         if (reader := readers.get(request_id)) is not None:
             reader.read(completion)
-            micros = [micro for micro, count in reader.take() for _ in range(count)]
+            micros = [
+                decision.temperature for decision, count in reader.take() for _ in range(count)
+            ]
         answers.append((request_id, num_new, micros))
     return answers
 

@@ -17,7 +17,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from adaptive_head.options import AdaptiveRequest, ReportDetail, resolve_options
-from adaptive_head.vllm.choices import ChoiceLists, ChoiceSender
+from adaptive_head.vllm.wire import DecisionLists, DecisionSender
 from server.metrics import AdaptiveMetrics
 from server.report import PromptReport, Report
 
@@ -59,15 +59,15 @@ def time_steps(
     num_steps: int, num_requests: int, reports: list[PromptReport] | None, run_len: int
 ) -> float:
     """Seconds for a run."""
-    sender = ChoiceSender()
+    sender = DecisionSender()
     request_ids = [f"{index}-8865643c" for index in range(num_requests)]
     gc.collect()
     gc.disable()
     start = time.perf_counter()
     for step in range(num_steps):
         micro = 700_000 + 100_000 * (step // run_len % 2)
-        choices = ChoiceLists(np.full(num_requests, micro, np.int32))
-        masks = sender.begin_step(choices, request_ids) if reports else None
+        lists = DecisionLists(np.full(num_requests, micro, np.int32))
+        masks = sender.begin_step(lists, request_ids) if reports else None
         run_step(masks, request_ids, reports)
     elapsed = time.perf_counter() - start
     gc.enable()
@@ -79,7 +79,7 @@ _DECODER = MsgpackDecoder(EngineCoreOutputs)
 
 
 def run_step(
-    sender: ChoiceSender | None, request_ids: list[str], reports: list[PromptReport] | None
+    sender: DecisionSender | None, request_ids: list[str], reports: list[PromptReport] | None
 ) -> None:
     """One decode step: scheduler -> ZeroMQ's bytes -> API process -> report and metrics."""
     outputs = [

@@ -33,6 +33,7 @@ from vllm.v1.outputs import LogprobsLists, SamplingMaskLists
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from adaptive_head.checkpoint import read_metadata
+from adaptive_head.decision import Decision
 from adaptive_head.options import EXTRA_ARGS_KEY, Options
 from adaptive_head.slots import MICRO
 from adaptive_head.vllm.settings import read_settings
@@ -207,9 +208,10 @@ class MockCore(EngineCoreClient):
             ]
         if answer.options is not None:
             micro = self._choose(answer, answer.options, position)
-            # As `ChoiceSender` sends them; it would cost a token here more than it may.
+            # As `DecisionSender` sends them; it would cost a token here more than it may.
             if micro != answer.last:
-                output.new_sampling_mask = SamplingMaskLists(np.array([micro, position], np.int32))
+                record = np.array([position, *Decision(micro)], np.int32)
+                output.new_sampling_mask = SamplingMaskLists(record)
                 answer.last = micro
             if answer.options.level == "sequence" or answer.options.policy == "constant":
                 # It will not change any more.

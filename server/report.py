@@ -8,7 +8,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 
 from adaptive_head.options import Options, ReportDetail
 from adaptive_head.slots import MICRO
-from adaptive_head.vllm.choices import ChoiceReader
+from adaptive_head.vllm.wire import DecisionReader
 from server.heads import ServedHead
 from server.metrics import AdaptiveMetrics
 
@@ -27,7 +27,7 @@ class ChoiceReport:
     def __init__(self, options: Options, detail: ReportDetail) -> None:
         self._options = options
         self._detail = detail
-        self.reader = ChoiceReader()
+        self.reader = DecisionReader()
         # By temperature, in millionths.
         self._num_tokens: dict[int, int] = {}
         self._uncounted: dict[int, int] = {}
@@ -60,8 +60,8 @@ class ChoiceReport:
         first, end = self._num_sent, self.reader.num_tokens - self._num_held
         self._num_sent = end
         # Tokens that are not settled yet, and none of which brought a change.
-        if first >= len(self._micros) and (micro := self.reader.unchanged) is not None:
-            return [micro / MICRO] * (end - first)
+        if first >= len(self._micros) and (decision := self.reader.unchanged) is not None:
+            return [decision.temperature / MICRO] * (end - first)
         self._settle()
         return [micro / MICRO for micro in self._micros[first:end]]
 
@@ -73,7 +73,8 @@ class ChoiceReport:
 
     def _settle(self) -> None:
         """Count what has been read. Not at every token: most have the temperature before theirs."""
-        for micro, count in self.reader.take():
+        for decision, count in self.reader.take():
+            micro = decision.temperature
             self._num_tokens[micro] = self._num_tokens.get(micro, 0) + count
             self._uncounted[micro] = self._uncounted.get(micro, 0) + count
             if self._detail == "tokens":

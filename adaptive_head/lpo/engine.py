@@ -190,12 +190,13 @@ def make_sampling_params(request: GenerationRequest, heads: Mapping[str, Head]) 
 
 def read_generation(output: Any, request: GenerationRequest) -> Generation:
     """The one completion of a finished vLLM `RequestOutput`."""
-    from adaptive_head.vllm.choices import take_choices
+    from adaptive_head.vllm.wire import take_decisions
 
     completion = output.outputs[0]
     token_ids = tuple(completion.token_ids)
     if isinstance(request.temperature, AdaptiveRequest):
-        temperatures = tuple(micro / MICRO for micro in take_choices(completion) or ())
+        decisions = take_decisions(completion) or ()
+        temperatures = tuple(decision.temperature / MICRO for decision in decisions)
     else:
         temperatures = (request.temperature,) * len(token_ids)
     return Generation(

@@ -10,12 +10,12 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 from vllm.v1.worker.gpu.states import RequestState
 
-from adaptive_head.vllm.choices import ChoiceTensors
 from adaptive_head.vllm.compat import check_parameters
 from adaptive_head.vllm.heads import read_options
 from adaptive_head.vllm.kernels import Batch, scale_logits
 from adaptive_head.vllm.ranks import adopt_choices
 from adaptive_head.vllm.selector_v2 import DeviceSelector, SelectedStep
+from adaptive_head.vllm.wire import DecisionTensors
 
 check_parameters(LogitsProcessor.add_request, "self", "req_idx", "sampling_params")
 check_parameters(LogitsProcessor.apply_staged_writes, "self")
@@ -103,7 +103,7 @@ class AdaptiveTemperature(LogitsProcessor):
         scale_logits(logits, self._step.micros, first_row)
         return logits
 
-    def take_choices(self, num_sampled: torch.Tensor) -> ChoiceTensors | None:
+    def take_choices(self, num_sampled: torch.Tensor) -> DecisionTensors | None:
         """What was chosen in this step, or None where no request was adaptive.
 
         Args:
@@ -112,7 +112,7 @@ class AdaptiveTemperature(LogitsProcessor):
         if self._step is None:
             return None
         self._step.end(num_sampled)
-        return ChoiceTensors(self._step.micros, self._step.batch.starts_np)
+        return DecisionTensors(self._step.micros, self._step.batch.starts_np)
 
     def _describe(self, batch: InputBatch) -> Batch:
         return Batch(

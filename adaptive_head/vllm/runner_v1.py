@@ -21,9 +21,9 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from adaptive_head.checkpoint import LoadedHead
 from adaptive_head.selector import Step, TemperatureSelector
 from adaptive_head.slots import to_micro
-from adaptive_head.vllm.choices import ChoiceLists
 from adaptive_head.vllm.compat import UnsupportedError, check_parameters
 from adaptive_head.vllm.heads import read_options
+from adaptive_head.vllm.wire import DecisionLists
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Stock
@@ -154,7 +154,7 @@ class AdaptiveRunnerV1(_Stock):
         try:
             self.sampler.step = self._prepare_step(state.sample_hidden_states)
             output = super().sample_tokens(grammar_output)
-            output.sampling_masks = ChoiceLists(to_micro(self.sampler.temperatures).numpy())
+            output.sampling_masks = DecisionLists(to_micro(self.sampler.temperatures).numpy())
         finally:
             self.sampler.step = self.sampler.temperatures = None
         return output

@@ -27,7 +27,7 @@ else:
 check_parameters(GPUModelRunner.sample, "self", "hidden_states", "input_batch", "grammar_output")
 check_parameters(GPUModelRunner.add_requests, "self", "scheduler_output")
 check_parameters(GPUModelRunner.finish_requests, "self", "scheduler_output")
-# `ChoiceTensors` stands in for these two.
+# `DecisionTensors` stands in for these two.
 check_parameters(SamplingMaskTensors.to_cpu_nonblocking, "self")
 check_parameters(SamplingMaskTensors.tolists, "self", "num_sampled_tokens")
 

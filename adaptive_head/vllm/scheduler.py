@@ -1,4 +1,4 @@
-"""vLLM's schedulers, which let the chosen temperatures through."""
+"""vLLM's schedulers, which let the decisions through."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +9,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 
-from adaptive_head.vllm.choices import ChoiceLists, ChoiceSender
 from adaptive_head.vllm.compat import check_parameters, refuse_unsupported
+from adaptive_head.vllm.wire import DecisionLists, DecisionSender
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as _Stock
@@ -20,30 +20,30 @@ else:
 check_parameters(Scheduler.update_from_output, "self", "scheduler_output", "model_runner_output")
 
 
-class _SendsChoices(_Stock):
+class _SendsDecisions(_Stock):
     """Mixed into vLLM's scheduler: forwards the mask channel, whose payload is ours."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.return_sampling_mask = True
-        self._sender = ChoiceSender()
+        self._sender = DecisionSender()
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         self._sender.forget(scheduler_output.finished_req_ids)
-        choices: Any = model_runner_output.sampling_masks
-        if isinstance(choices, ChoiceLists):
-            masks: Any = self._sender.begin_step(choices, model_runner_output.req_ids)
+        decisions: Any = model_runner_output.sampling_masks
+        if isinstance(decisions, DecisionLists):
+            masks: Any = self._sender.begin_step(decisions, model_runner_output.req_ids)
             model_runner_output.sampling_masks = masks
         return super().update_from_output(scheduler_output, model_runner_output)
 
 
-class AdaptiveScheduler(_SendsChoices, Scheduler):
+class AdaptiveScheduler(_SendsDecisions, Scheduler):
     """For synchronous scheduling."""
 
 
-class AdaptiveAsyncScheduler(_SendsChoices, AsyncScheduler):
+class AdaptiveAsyncScheduler(_SendsDecisions, AsyncScheduler):
     """For asynchronous scheduling."""
 
 

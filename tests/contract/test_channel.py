@@ -1,4 +1,4 @@
-"""The way of the choices from the sampler to the API process. No engine is started."""
+"""The way of the decisions from the sampler to the API process. No engine is started."""
 
 import dataclasses
 import pickle
@@ -6,6 +6,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from vllm.outputs import CompletionOutput, RequestOutput, SamplingMask
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -17,19 +19,20 @@ from vllm.v1.worker.gpu import model_runner as v2
 from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.sample.output import SamplerOutput, SamplingMaskTensors
 
+from adaptive_head.decision import NOT_SET, Decision, DecisionFlag
 from adaptive_head.slots import ORDINARY
-from adaptive_head.vllm.choices import (
-    ChoiceLists,
-    ChoiceReader,
-    ChoiceSender,
-    ChoiceTensors,
-    take_choices,
+from adaptive_head.vllm.wire import (
+    DecisionLists,
+    DecisionReader,
+    DecisionSender,
+    DecisionTensors,
+    take_decisions,
 )
 from tests.contract.helpers import assert_in_order, source
 
 
 def test_v2_output_copies_and_converts_choices_like_masks():
-    """`ChoiceTensors` is not of vLLM's type: these two calls are all that is made of it."""
+    """`DecisionTensors` is not of vLLM's type: these two calls are all that is made of it."""
     init, get = source(AsyncOutput.__init__), source(AsyncOutput.get_output)
     assert "sampler_output.sampling_mask_tensors.to_cpu_nonblocking()" in init
     assert "self.sampling_mask_tensors.tolists(self.num_sampled_tokens_np)" in get
@@ -54,60 +57,114 @@ def test_v2_sampler_output_has_a_place_for_choices():
     )
 
 
+def column(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
 def test_choices_go_through_v2s_conversion():
-    choices = ChoiceTensors(torch.tensor([700_000, ORDINARY, 0], dtype=torch.int32))
-    lists = choices.to_cpu_nonblocking().tolists(np.array([1, 1, 1]))
-    assert isinstance(lists, ChoiceLists)
-    assert [lists.get(row, 1) for row in range(3)] == [[700_000], None, [0]]
+    tensors = DecisionTensors(column(700_000, ORDINARY, 0))
+    lists = tensors.to_cpu_nonblocking().tolists(np.array([1, 1, 1]))
+    assert isinstance(lists, DecisionLists)
+    assert [lists.get(row, 1) for row in range(3)] == [[Decision(700_000)], None, [Decision(0)]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"top_p": (900_000, NOT_SET)}, [Decision(5, top_p=900_000), Decision(6)]),
+        ({"min_p": (NOT_SET, 100_000)}, [Decision(5), Decision(6, min_p=100_000)]),
+        ({"flags": (0, 1)}, [Decision(5), Decision(6, flags=DecisionFlag.ABSTAINED)]),
+        (
+            {"top_p": (1, 2), "min_p": (3, 4), "flags": (1, 0)},
+            [Decision(5, 1, 3, 1), Decision(6, 2, 4, 0)],
+        ),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_a_column_that_the_batch_uses_goes_along(columns, expected):
+    tensors = DecisionTensors(
+        column(5, 6), **{name: column(*values) for name, values in columns.items()}
+    )
+    lists = tensors.to_cpu_nonblocking().tolists()
+    for copied in (lists, pickle.loads(pickle.dumps(lists))):
+        assert [copied.get(row, 1) for row in range(2)] == [[decision] for decision in expected]
+    sender = DecisionSender().begin_step(lists, ["a", "b"])
+    assert [sender.slice_request(row, 1).to_nested_list() for row in range(2)] == [
+        [[0, *decision]] for decision in expected
+    ]
 
 
 def test_a_request_with_drafts_hands_over_as_many_choices_as_it_kept_tokens():
     """Three rows for the first request, one for the second, two for the third."""
-    micros = torch.tensor([5, 6, 7, ORDINARY, 8, 9], dtype=torch.int32)
-    tensors = ChoiceTensors(micros, np.array([0, 3, 4, 6]))
-    lists = tensors.to_cpu_nonblocking().tolists(np.array([2, 1, 1]))
+    temperatures, starts = column(5, 6, 7, ORDINARY, 8, 9), np.array([0, 3, 4, 6])
+    lists = DecisionTensors(temperatures, starts).to_cpu_nonblocking().tolists(np.array([2, 1, 1]))
     for copied in (lists, pickle.loads(pickle.dumps(lists))):
-        assert [copied.get(0, 2), copied.get(1, 1), copied.get(2, 1)] == [[5, 6], None, [8]]
-        sender = ChoiceSender().begin_step(copied, ["a", "b", "c"])
-        assert sender.slice_request(0, 2).to_nested_list() == [[5, 0], [6, 1]]
+        kept = [copied.get(0, 2), copied.get(1, 1), copied.get(2, 1)]
+        assert kept == [[Decision(5), Decision(6)], None, [Decision(8)]]
+        sender = DecisionSender().begin_step(copied, ["a", "b", "c"])
+        assert sender.slice_request(0, 2).to_nested_list() == [record(0, 5), record(1, 6)]
         assert sender.slice_request(1, 1) is None
-        assert sender.slice_request(2, 1).to_nested_list() == [[8, 0]]
+        assert sender.slice_request(2, 1).to_nested_list() == [record(0, 8)]
 
 
-def send(*micros):
-    """What arrives in the API process of steps with these choices of one request."""
-    sender, encoder = ChoiceSender(), MsgpackEncoder()
-    masks = [sender.send("a", list(step)) for step in micros]
+def record(position: int, temperature: int, **others: int) -> list[int]:
+    """What is sent of a decision that differs from the one before."""
+    return [position, *Decision(temperature, **others)]
+
+
+def test_a_record_has_the_position_and_then_every_field():
+    """What leaves the engine core and what the API process reads may be of two processes."""
+    assert record(3, 700_000) == [3, 700_000, -1, -1, 0]
+    assert record(0, 1, top_p=2, min_p=3, flags=DecisionFlag.ABSTAINED) == [0, 1, 2, 3, 1]
+
+
+def send(*steps):
+    """What arrives in the API process of steps with these decisions of one request."""
+    sender, encoder = DecisionSender(), MsgpackEncoder()
+    masks = [sender.send("a", [make_decision(value) for value in step]) for step in steps]
     decode = MsgpackDecoder(SamplingMaskLists | None).decode
     return [decode(encoder.encode(mask)) for mask in masks]
+
+
+def make_decision(value) -> Decision:
+    return value if isinstance(value, Decision) else Decision(value)
 
 
 def test_a_choice_is_sent_where_it_changes_with_its_position():
     masks = send([5], [5], [5, 6, 6], [6, 6], [6, 5])
     nested = [mask and mask.to_nested_list() for mask in masks]
-    assert nested == [[[5, 0]], None, [[], [6, 3], []], None, [[], [5, 8]]]
+    assert nested == [[record(0, 5)], None, [[], record(3, 6), []], None, [[], record(8, 5)]]
+
+
+@pytest.mark.parametrize("field", Decision._fields)
+def test_a_change_of_any_field_is_sent(field):
+    first = Decision(5, 6, 7, 0)
+    changed = first._replace(**{field: 1})
+    masks = send([first], [first], [changed], [changed], [first])
+    nested = [mask and mask.to_nested_list() for mask in masks]
+    assert nested == [[[0, *first]], None, [[2, *changed]], None, [[4, *first]]]
 
 
 def test_a_stop_string_in_the_middle_of_a_steps_tokens_takes_their_choices_along():
     (mask,) = send([5, 5, 6])
-    assert mask.slice_request(0, 2).to_nested_list() == [[5, 0], []]
-    assert mask.slice_request(0, 1).to_nested_list() == [[5, 0]]
+    assert mask.slice_request(0, 2).to_nested_list() == [record(0, 5), []]
+    assert mask.slice_request(0, 1).to_nested_list() == [record(0, 5)]
     _, mask = send([5], [5, 6])
     assert mask.slice_request(0, 1).to_nested_list() == [[]]
 
 
 def test_a_request_that_has_ended_is_forgotten():
-    sender = ChoiceSender()
+    sender = DecisionSender()
     for request_id in ("a", "b"):
-        sender.send(request_id, [5])
+        sender.send(request_id, [Decision(5)])
     sender.forget({"a", "never seen"})
-    assert sender.send("a", [5]).to_nested_list() == [[5, 0]]
-    assert sender.send("b", [5]) is None
+    assert sender.send("a", [Decision(5)]).to_nested_list() == [record(0, 5)]
+    assert sender.send("b", [Decision(5)]) is None
 
 
 def read(*outputs):
     """What the reader makes of outputs: (tokens, mask's entries or None) each."""
-    reader = ChoiceReader()
+    reader = DecisionReader()
     for num_tokens, entries in outputs:
         output = completion([0] * num_tokens, None)
         output.sampling_mask = entries and SamplingMask(entries)
@@ -117,7 +174,8 @@ def read(*outputs):
 
 
 def test_a_token_without_a_choice_has_the_one_before():
-    assert read((1, [[5, 0]]), (2, None), (4, [[], [6, 4], [5, 5], []])) == [(5, 4), (6, 1), (5, 2)]
+    outputs = (1, [record(0, 5)]), (2, None), (4, [[], record(4, 6), record(5, 5), []])
+    assert read(*outputs) == [(Decision(5), 4), (Decision(6), 1), (Decision(5), 2)]
     assert read((0, None)) == []
 
 
@@ -125,10 +183,13 @@ def test_a_token_without_a_choice_has_the_one_before():
     "outputs",
     [
         [(1, None)],
-        [(2, [[5, 1]])],
-        [(1, [[5, 1]])],
-        [(2, [[5, 0], [6, 2]])],
-        [(3, [[5, 0], [6, 2], [7, 1]])],
+        [(2, [record(1, 5)])],
+        [(1, [record(1, 5)])],
+        [(2, [record(0, 5), record(2, 6)])],
+        [(3, [record(0, 5), record(2, 6), record(1, 7)])],
+        [(1, [record(0, 5)[:-1]])],
+        [(1, [[*record(0, 5), 0]])],
+        [(1, [[0]])],
     ],
 )
 def test_choices_that_do_not_fit_their_tokens_are_a_bug_that_shows(outputs):
@@ -137,7 +198,7 @@ def test_choices_that_do_not_fit_their_tokens_are_a_bug_that_shows(outputs):
 
 
 def test_what_is_wrong_is_told_once():
-    reader = ChoiceReader()
+    reader = DecisionReader()
     reader.read(completion([1], None))
     with pytest.raises(AssertionError):
         reader.take()
@@ -145,20 +206,81 @@ def test_what_is_wrong_is_told_once():
 
 
 def test_what_was_taken_is_not_taken_again():
-    reader = ChoiceReader()
-    reader.read(completion([1, 2], [[5, 0]]))
-    assert reader.take() == [(5, 2)] and reader.take() == []
+    reader = DecisionReader()
+    reader.read(completion([1, 2], [record(0, 5)]))
+    assert reader.take() == [(Decision(5), 2)] and reader.take() == []
     reader.read(completion([3], None))
-    reader.read(completion([4], [[6, 3]]))
-    assert reader.take() == [(5, 1), (6, 1)]
+    reader.read(completion([4], [record(3, 6)]))
+    assert reader.take() == [(Decision(5), 1), (Decision(6), 1)]
+
+
+def test_what_all_new_tokens_have_is_known_before_it_is_taken():
+    reader = DecisionReader()
+    assert reader.unchanged is None
+    reader.read(completion([1], [record(0, 5, min_p=7)]))
+    assert reader.unchanged is None, "it has changed"
+    reader.take()
+    reader.read(completion([2], None))
+    assert reader.unchanged == Decision(5, min_p=7)
+    reader.read(completion([3], [record(2, 6)]))
+    assert reader.unchanged is None
+
+
+def test_an_answer_that_begins_again_begins_at_position_0():
+    reader = DecisionReader()
+    reader.read(completion([1, 2], [record(0, 5)]))
+    assert reader.take() == [(Decision(5), 2)]
+    reader.restart()
+    assert reader.unchanged is None
+    reader.read(completion([3], [record(0, 5)]))
+    assert reader.take() == [(Decision(5), 1)] and reader.num_tokens == 3
+    reader.restart()
+    reader.read(completion([4], None))
+    with pytest.raises(AssertionError):
+        reader.take()
+
+
+DECISIONS = st.builds(
+    Decision,
+    st.sampled_from([0, 1, 700_000, 10_000_000]),
+    st.sampled_from([NOT_SET, 900_000]),
+    st.sampled_from([NOT_SET, 0, 100_000]),
+    st.integers(0, 1),
+)
+
+
+@given(
+    steps=st.lists(st.lists(DECISIONS, min_size=1, max_size=4), max_size=8),
+    data=st.data(),
+)
+def test_the_reader_returns_what_the_sampler_decided(steps, data):
+    """Whatever the steps, whatever outputs they are merged into, and whenever it is asked."""
+    reader, taken = DecisionReader(), []
+    outputs = [
+        completion([0] * len(step), mask and mask.to_nested_list())
+        for step, mask in zip(steps, send(*steps), strict=True)
+    ]
+    while outputs:
+        num_merged = data.draw(st.integers(1, len(outputs)))
+        merged = request_output(outputs[0])
+        for output in outputs[1:num_merged]:
+            merged.add(request_output(output), aggregate=True)
+        del outputs[:num_merged]
+        reader.read(merged.outputs[0])
+        if data.draw(st.booleans()):
+            taken += reader.take()
+    taken += reader.take()
+    assert [decision for decision, count in taken for _ in range(count)] == [
+        decision for step in steps for decision in step
+    ]
 
 
 def test_model_runner_output_has_a_place_for_choices():
     output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
     assert output.sampling_masks is None
-    output.sampling_masks = ChoiceLists(np.array([5], dtype=np.int32))
+    output.sampling_masks = DecisionLists(np.array([5], dtype=np.int32))
     copied = pickle.loads(pickle.dumps(output)).sampling_masks
-    assert copied.get(0, 1) == [5], "workers send it by pickle"
+    assert copied.get(0, 1) == [Decision(5)], "workers send it by pickle"
 
 
 def test_the_scheduler_slices_by_row_and_forwards_where_its_flag_says():
@@ -177,8 +299,8 @@ def test_the_scheduler_slices_by_row_and_forwards_where_its_flag_says():
 
 
 def test_choices_cross_to_the_api_process_in_vllms_encoding():
-    choices = ChoiceLists(np.array([ORDINARY, 1_234_567, 2_147_483_647, 0], dtype=np.int32))
-    sender = ChoiceSender().begin_step(choices, ["0", "1", "2", "3"])
+    lists = DecisionLists(np.array([ORDINARY, 1_234_567, 2_147_483_647, 0], dtype=np.int32))
+    sender = DecisionSender().begin_step(lists, ["0", "1", "2", "3"])
     outputs = [
         EngineCoreOutput(
             request_id=str(row),
@@ -194,9 +316,9 @@ def test_choices_cross_to_the_api_process_in_vllms_encoding():
     assert all(isinstance(mask, SamplingMaskLists) for mask in masks[1:])
     assert all(mask.token_ids.dtype == np.int32 for mask in masks[1:])
     assert [mask.to_nested_list() for mask in masks[1:]] == [
-        [[1_234_567, 0]],
-        [[2_147_483_647, 0]],
-        [[0, 0]],
+        [record(0, 1_234_567)],
+        [record(0, 2_147_483_647)],
+        [record(0, 0)],
     ]
 
 
@@ -217,8 +339,8 @@ def test_the_output_processor_hands_on_one_entry_a_token():
     assert_in_order(OutputProcessor._trim_surplus_tokens, "if num_dropped <= 0:", "return")
 
 
-def completion(token_ids, changes, index=0) -> CompletionOutput:
-    mask = None if changes is None else SamplingMask(changes)
+def completion(token_ids, entries, index=0) -> CompletionOutput:
+    mask = None if entries is None else SamplingMask(entries)
     return CompletionOutput(index, "", token_ids, None, None, sampling_mask=mask)
 
 
@@ -228,11 +350,16 @@ def request_output(*completions, finished=False) -> RequestOutput:
 
 def test_outputs_that_wait_for_a_reader_are_merged_with_their_choices():
     """A slow client gets several tokens in one output."""
-    output = request_output(completion([4], [[10, 0]]), completion([5], [[11, 0]], index=1))
+    first, second = completion([4], [record(0, 10)]), completion([5], [record(0, 11)], index=1)
+    output = request_output(first, second)
+    last = request_output(completion([7], [record(1, 13)], index=1), finished=True)
     output.add(request_output(completion([6], None)), aggregate=True)
-    output.add(request_output(completion([6], [[12, 2]])), aggregate=True)
-    output.add(request_output(completion([7], [[13, 1]], index=1), finished=True), aggregate=True)
-    assert [take_choices(answer) for answer in output.outputs] == [[10, 10, 12], [11, 13]]
+    output.add(request_output(completion([6], [record(2, 12)])), aggregate=True)
+    output.add(last, aggregate=True)
+    assert [take_decisions(answer) for answer in output.outputs] == [
+        [Decision(10), Decision(10), Decision(12)],
+        [Decision(11), Decision(13)],
+    ]
     assert [answer.sampling_mask for answer in output.outputs] == [None, None]
-    assert take_choices(output.outputs[0]) is None
+    assert take_decisions(output.outputs[0]) is None
     assert output.finished

@@ -289,8 +289,8 @@ def apply(stage: AdaptiveTemperature, logits: torch.Tensor, slots: list[int]) ->
     """Run one step. Returns what left as choices, in millionths."""
     with stage.sampling(torch.zeros(len(slots), 8), batch_of(slots)):
         stage.apply(logits, context_of(slots))
-        choices = stage.take_choices(torch.ones(len(slots), dtype=torch.int32))
-    return None if choices is None else choices.micros.tolist()
+        decisions = stage.take_choices(torch.ones(len(slots), dtype=torch.int32))
+    return None if decisions is None else decisions.temperatures.tolist()
 
 
 def test_v2_stage_scales_adaptive_rows_and_says_how(single_rank):

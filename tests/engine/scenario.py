@@ -15,7 +15,7 @@ from vllm import LLM, SamplingParams, __version__
 
 from adaptive_head import load_head
 from adaptive_head.vllm import LOADING
-from adaptive_head.vllm.choices import take_choices
+from adaptive_head.vllm.wire import take_decisions
 
 
 def run(scenario: dict) -> dict:
@@ -58,9 +58,10 @@ def load(llm: LLM, name: str, generation: int, head: str, config: dict) -> list[
 
 
 def describe(answer) -> dict:
+    decisions = take_decisions(answer)
     return {
         "token_ids": list(answer.token_ids),
-        "micros": take_choices(answer),
+        "micros": decisions and [decision.temperature for decision in decisions],
         "finish_reason": answer.finish_reason,
         "logprobs": answer.logprobs
         and [

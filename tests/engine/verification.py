@@ -129,7 +129,8 @@ def verify(
     lists = choices.to_cpu_nonblocking().tolists()
     num_sampled = output.num_sampled.tolist()
     tokens = output.sampled_token_ids.tolist()
-    micros = [lists.get(i, count) for i, count in enumerate(num_sampled)]
+    rows = [lists.get(i, count) for i, count in enumerate(num_sampled)]
+    micros = [kept and [temperature for temperature, *_ in kept] for kept in rows]
     assert micros[:num_plain] == [None] * num_plain
     (counts,) = selector.count_choices()
     return {

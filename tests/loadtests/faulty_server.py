@@ -17,7 +17,7 @@ def install(fault_file: Path) -> None:
     - uncounted: /metrics miss a token
     - deaf: the engine does not hear that a client has left
     """
-    from adaptive_head.vllm.choices import ChoiceReader
+    from adaptive_head.vllm.wire import DecisionReader
     from loadtests.mock_engine import MockCore
     from server.metrics import AdaptiveMetrics
     from server.report import ChoiceReport
@@ -25,11 +25,15 @@ def install(fault_file: Path) -> None:
     def is_on(fault: str) -> bool:
         return fault_file.read_text() == fault
 
-    take, take_ready = ChoiceReader.take, ChoiceReport.take_ready
+    take, take_ready = DecisionReader.take, ChoiceReport.take_ready
     count_tokens, abort = AdaptiveMetrics.count_tokens, MockCore.abort_requests_async
 
     def wrong_take(self):
-        return [(micro + 1000 * is_on("foreign"), count) for micro, count in take(self)]
+        wrong_by = 1000 * is_on("foreign")
+        return [
+            (decision._replace(temperature=decision.temperature + wrong_by), count)
+            for decision, count in take(self)
+        ]
 
     def wrong_take_ready(self):
         return take_ready(self)[is_on("misaligned") :]
@@ -44,7 +48,7 @@ def install(fault_file: Path) -> None:
         if not is_on("deaf"):
             await abort(self, request_ids)
 
-    ChoiceReader.take, ChoiceReport.take_ready = wrong_take, wrong_take_ready
+    DecisionReader.take, ChoiceReport.take_ready = wrong_take, wrong_take_ready
     AdaptiveMetrics.count_tokens, MockCore.abort_requests_async = wrong_count_tokens, wrong_abort
 
 

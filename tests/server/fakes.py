@@ -7,8 +7,9 @@ from prometheus_client import CollectorRegistry
 from vllm.outputs import CompletionOutput, RequestOutput, SamplingMask
 
 from adaptive_head.checkpoint import BaseModelIdentity, HeadMetadata
+from adaptive_head.decision import Decision
 from adaptive_head.options import parse_request, resolve_options
-from adaptive_head.vllm.choices import ChoiceSender
+from adaptive_head.vllm.wire import DecisionSender
 from server.admission import AdaptiveState
 from server.heads import HeadRegistry
 from server.metrics import AdaptiveMetrics
@@ -71,11 +72,11 @@ def make_mask(micros: list[int], start=0) -> SamplingMask | None:
     Args:
         start: how many tokens of the answer came before.
     """
-    mask = ChoiceSender().send("r", micros)
+    mask = DecisionSender().send("r", [Decision(micro) for micro in micros])
     if mask is None:
         return None
-    changes = [change for change in mask.to_nested_list() if change]
-    return SamplingMask([[micro, start + position] for micro, position in changes])
+    records = [record for record in mask.to_nested_list() if record]
+    return SamplingMask([[start + position, *decision] for position, *decision in records])
 
 
 def make_output(*completions: tuple, finished=False, prompt="p") -> RequestOutput:

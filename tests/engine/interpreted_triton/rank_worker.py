@@ -19,8 +19,8 @@ class RankWorker(AdaptiveWorker):
             result = sample(*args)
             output, num_sampled, _ = result
             rows = zip(output.sampled_token_ids.tolist(), num_sampled.tolist(), strict=True)
-            choices = output.sampling_mask_tensors
-            micros = choices and choices.micros.tolist()
+            decisions = output.sampling_mask_tensors
+            micros = decisions and decisions.temperatures.tolist()
             self._steps.append([[tokens[:count] for tokens, count in rows], micros])
             return result
 

@@ -1,0 +1,258 @@
+"""Decisions on their way from the sampler to the API process.
+
+They travel as vLLM's sampling masks, its one channel that carries a payload of varying length per
+token and that vLLM itself slices by accepted tokens, trims at stop strings and merges over skipped
+stream outputs. `DecisionTensors` stands where V2 expects its `SamplingMaskTensors`, and
+`DecisionSender` where the scheduler expects `SamplingMaskLists`.
+
+Decoding a mask costs the API process more than a token without one does, so a decision is sent
+only where it differs from the one before. The mask of such a token is one record of int32: its
+position in the answer, then the fields of its `Decision`. `DecisionReader` gives the tokens without
+a mask the decision before theirs.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+
+import numpy as np
+import torch
+from vllm.outputs import CompletionOutput
+from vllm.v1.outputs import SamplingMaskLists
+
+from adaptive_head.decision import NOT_SET, Decision
+from adaptive_head.slots import ORDINARY
+from adaptive_head.vllm.compat import check_parameters
+
+# `DecisionSender` stands in for this one.
+check_parameters(SamplingMaskLists.slice_request, "self", "req_idx", "num_positions")
+
+# A decision before it is worth an object: most are equal to the one before.
+Row = tuple[int, int, int, int]
+_NO_DECISION = Decision(ORDINARY)
+_RECORD_LEN = 1 + len(Decision._fields)
+
+
+class DecisionLists:
+    """The decisions of one step's rows, in the order of the batch.
+
+    Args:
+        temperatures: int32 [rows], millionths; ORDINARY for an ordinary request. Rows of rejected
+            drafts are included, and nobody asks for them.
+        starts: int [num_requests + 1], each request's first row; None where all have one row.
+        top_p: int32 [rows], as in `Decision`; None where no row has one.
+        min_p: likewise.
+        flags: likewise; None where no row has a flag.
+    """
+
+    __slots__ = ("_arrays", "_rows", "_starts")
+
+    def __init__(
+        self,
+        temperatures: np.ndarray,
+        starts: np.ndarray | None = None,
+        top_p: np.ndarray | None = None,
+        min_p: np.ndarray | None = None,
+        flags: np.ndarray | None = None,
+    ) -> None:
+        self._arrays = temperatures, starts, top_p, min_p, flags
+        self._starts: list[int] | None = None if starts is None else starts.tolist()
+        self._rows: list[Row] = list(
+            zip(
+                temperatures.tolist(),
+                _list_column(top_p, NOT_SET),
+                _list_column(min_p, NOT_SET),
+                _list_column(flags, 0),
+                strict=False,
+            )
+        )
+
+    def get(self, req_idx: int, num_positions: int) -> list[Row] | None:
+        """The decisions of one request's new tokens; None for an ordinary request.
+
+        Args:
+            num_positions: how many of the step's tokens were kept.
+        """
+        start = req_idx if self._starts is None else self._starts[req_idx]
+        rows = self._rows[start : start + num_positions]
+        return None if rows[0][0] == ORDINARY else rows
+
+    def __reduce__(self) -> tuple[type["DecisionLists"], tuple[np.ndarray | None, ...]]:
+        return DecisionLists, self._arrays
+
+
+def _list_column(column: np.ndarray | None, absent: int) -> Iterable[int]:
+    return repeat(absent) if column is None else column.tolist()
+
+
+@dataclass(frozen=True)
+class DecisionTensors:
+    """A step's decisions on the device, for vLLM to copy on its own output stream.
+
+    Attributes:
+        temperatures: int32 [rows], as in `DecisionLists`, and so are the other columns.
+        starts: on the host.
+    """
+
+    temperatures: torch.Tensor
+    starts: np.ndarray | None = None
+    top_p: torch.Tensor | None = None
+    min_p: torch.Tensor | None = None
+    flags: torch.Tensor | None = None
+
+    def to_cpu_nonblocking(self) -> "DecisionTensors":
+        """Start the copy to the host; vLLM waits for its event before `tolists`."""
+        return DecisionTensors(
+            self.temperatures.to("cpu", non_blocking=True),
+            self.starts,
+            *(_copy_to_host(column) for column in self._optional),
+        )
+
+    def tolists(self, _num_sampled: np.ndarray | None = None) -> DecisionLists:
+        """The copied decisions."""
+        optional = (None if column is None else column.numpy() for column in self._optional)
+        return DecisionLists(self.temperatures.numpy(), self.starts, *optional)
+
+    @property
+    def _optional(self) -> tuple[torch.Tensor | None, ...]:
+        return self.top_p, self.min_p, self.flags
+
+
+def _copy_to_host(column: torch.Tensor | None) -> torch.Tensor | None:
+    return None if column is None else column.to("cpu", non_blocking=True)
+
+
+class DecisionSender:
+    """Makes the masks that leave the engine, one for each change of a request's decision."""
+
+    def __init__(self) -> None:
+        # By request: how many tokens have been sent, and the last one's decision.
+        self._sent: dict[str, tuple[int, Row]] = {}
+        self._lists = DecisionLists(np.empty(0, np.int32))
+        self._request_ids: Sequence[str] = ()
+
+    def begin_step(self, lists: DecisionLists, request_ids: Sequence[str]) -> "DecisionSender":
+        """Send a step's decisions next.
+
+        Args:
+            request_ids: in the order of the batch.
+        """
+        self._lists, self._request_ids = lists, request_ids
+        return self
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Drop what is known of requests that have ended, or were aborted."""
+        for request_id in request_ids:
+            self._sent.pop(request_id, None)
+
+    def slice_request(self, req_idx: int, num_positions: int) -> SamplingMaskLists | None:
+        """What the scheduler sends with one request's new tokens; see `DecisionLists.get`."""
+        rows = self._lists.get(req_idx, num_positions)
+        return None if rows is None else self.send(self._request_ids[req_idx], rows)
+
+    def send(self, request_id: str, rows: list[Row]) -> SamplingMaskLists | None:
+        """The masks of a request's next tokens; None where nothing has changed.
+
+        Args:
+            rows: one decision per token.
+        """
+        num_sent, last = self._sent.get(request_id, (0, _NO_DECISION))
+        end = num_sent + len(rows)
+        if rows.count(last) == len(rows):
+            self._sent[request_id] = end, last
+            return None
+        self._sent[request_id] = end, rows[-1]
+        records: list[int] = []
+        offsets = [0]
+        for position, row in enumerate(rows, num_sent):
+            if row != last:
+                records += position, *row
+                last = row
+            offsets.append(len(records))
+        # vLLM slices by offsets where a step has made several tokens, and only there.
+        is_single = len(rows) == 1
+        return SamplingMaskLists(
+            np.array(records, np.int32), None if is_single else np.array(offsets)
+        )
+
+
+class DecisionReader:
+    """Reads the decisions of one answer's tokens, output by output.
+
+    Attributes:
+        num_tokens: how many there are so far.
+    """
+
+    __slots__ = ("_begin", "_decision", "_num_taken", "_records", "num_tokens")
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._begin = 0
+        self._num_taken = 0
+        self._decision = _NO_DECISION
+        # As they were sent, since the last call of `take`.
+        self._records: list[list[int]] = []
+
+    def read(self, output: CompletionOutput) -> int:
+        """Remove the decisions of an output's new tokens from it.
+
+        Removed, because other readers of the field would take them for sampling masks.
+
+        Returns:
+            How many new tokens there are.
+        """
+        num_new = len(output.token_ids)
+        self.num_tokens += num_new
+        if output.sampling_mask is not None:
+            self._records += filter(None, output.sampling_mask.token_ids)
+            output.sampling_mask = None
+        return num_new
+
+    @property
+    def unchanged(self) -> Decision | None:
+        """The decision of all tokens since the last call of `take`, if they have the same one."""
+        has_changed = self._records or self._decision is _NO_DECISION
+        return None if has_changed else self._decision
+
+    def restart(self) -> None:
+        """Continue with another answer, whose positions begin at 0. Call `take` before."""
+        self._begin, self._decision = self.num_tokens, _NO_DECISION
+
+    def take(self) -> list[tuple[Decision, int]]:
+        """The decisions since the last call, in order, and for how many tokens each holds.
+
+        Raises:
+            AssertionError: a token came without a decision, or a record without its token.
+        """
+        begin, runs = self._num_taken, []
+        # At once, so that an error is reported once.
+        records, self._records, self._num_taken = self._records, [], self.num_tokens
+        for place, decision in self._place(records):
+            assert begin <= place < self.num_tokens, "a decision came without its token"
+            if begin < place:
+                runs.append((self._decision, place - begin))
+            self._decision, begin = decision, place
+        if begin < self.num_tokens:
+            runs.append((self._decision, self.num_tokens - begin))
+        assert not runs or runs[0][0] is not _NO_DECISION, "a token came without a decision"
+        return runs
+
+    def _place(self, records: list[list[int]]) -> Iterator[tuple[int, Decision]]:
+        """The first token of each record, counted over all answers, and its decision."""
+        for record in records:
+            assert len(record) == _RECORD_LEN, "a mask is no record of a decision"
+            position, *fields = record
+            yield self._begin + position, Decision(*fields)
+
+
+def take_decisions(output: CompletionOutput) -> list[Decision] | None:
+    """Remove and return the decisions of a whole answer's tokens.
+
+    Returns:
+        One per token of `output.token_ids`, or None where the output carries none.
+    """
+    if output.sampling_mask is None:
+        return None
+    reader = DecisionReader()
+    reader.read(output)
+    return [decision for decision, count in reader.take() for _ in range(count)]
