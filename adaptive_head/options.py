@@ -14,7 +14,7 @@ from adaptive_head.head import MAX_TEMPERATURE
 
 Level = Literal["token", "sequence"]
 PolicyName = Literal["head", "entropy", "schedule", "two_phase", "constant"]
-Selection = Literal["argmax", "sample"]
+Selection = Literal["argmax", "sample", "mean"]
 ReportDetail = Literal["none", "summary", "tokens"]
 
 # The key under which options travel in vLLM's `SamplingParams.extra_args`.
@@ -81,7 +81,8 @@ class AdaptiveRequest(_Strict):
     )
     policy: PolicyName = Field("head", description="What chooses the temperature.")
     select: Selection | None = Field(
-        None, description="The head's likeliest temperature (argmax, the default) or a draw."
+        None,
+        description="The likeliest temperature, a draw, or the mean; null means the head's own.",
     )
     min: Temperature | None = Field(None, description="No temperature below this.")
     max: Temperature | None = Field(None, description="No temperature above this.")
@@ -98,6 +99,11 @@ class Head(Protocol):
 
     @property
     def level(self) -> Level: ...
+
+    @property
+    def select(self) -> Selection:
+        """What a request gets that does not say it."""
+        ...
 
 
 class MarkerTokenizer(Protocol):
@@ -128,6 +134,11 @@ class Options:
     marker_token_ids: Marker = ()
     start_token_ids: Marker = ()
     generation: Generation = 0
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether temperatures may be any number, and not only those of a table."""
+        return self.policy in ("entropy", "schedule") or self.select == "mean"
 
     def to_extra_args(self) -> dict[str, Any]:
         """The options as `SamplingParams.extra_args` carries them (plain, msgpack-able)."""
@@ -219,10 +230,10 @@ def resolve_options(
     high = MAX_TEMPERATURE if request.max is None else request.max
     if low > high:
         raise OptionError("min", f"min {low:g} is above max {high:g}")
-    name, level = (
+    name, level, select = (
         _resolve_head(request, heads, default_head)
         if request.policy == "head"
-        else (request.policy, _resolve_policy_level(request))
+        else (request.policy, _resolve_policy_level(request), "argmax")
     )
     markers: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
     if request.policy == "two_phase":
@@ -232,7 +243,7 @@ def resolve_options(
         policy=request.policy,
         name=name,
         level=level,
-        select=request.select or "argmax",
+        select=select,
         scale=request.scale,
         min=low,
         max=high,
@@ -255,7 +266,7 @@ def _refuse_misplaced(request: AdaptiveRequest) -> None:
 
 def _resolve_head(
     request: AdaptiveRequest, heads: Mapping[str, Head], default_head: str | None
-) -> tuple[str, Level]:
+) -> tuple[str, Level, Selection]:
     name = default_head if request.head is None else request.head
     loaded = ", ".join(sorted(heads)) or "none"
     if name is None:
@@ -263,10 +274,10 @@ def _resolve_head(
         raise OptionError("head", f"no head is loaded; the policies need none: {policies}")
     if name not in heads:
         raise OptionError("head", f"unknown head {name!r:.80}; loaded: {loaded}")
-    level = heads[name].level
-    if request.level not in (None, level):
-        raise OptionError("level", f"head {name!r} was made for level {level!r}")
-    return name, level
+    head = heads[name]
+    if request.level not in (None, head.level):
+        raise OptionError("level", f"head {name!r} was made for level {head.level!r}")
+    return name, head.level, request.select or head.select
 
 
 def _resolve_policy_level(request: AdaptiveRequest) -> Level:

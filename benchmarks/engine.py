@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from vllm.config import VllmConfig
 
-from adaptive_head.checkpoint import git_sha
+from adaptive_head.files import git_sha
 from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
 from adaptive_head.vllm.settings import CPU_KV_CACHE_BYTES
 from benchmarks.arguments import (

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loadtests.answers import Answer, Choice
-from loadtests.target import Target
+from loadtests.target import Head, Target
 from loadtests.workload import Ask
 
 _FINISHED = ("stop", "length")
-# Policies whose temperatures are continuous: the histogram's keys are rounded.
-_ROUNDED_POLICIES = ("entropy", "schedule")
+# Policies whose temperatures are continuous.
+_CONTINUOUS_POLICIES = ("entropy", "schedule")
 _ROUNDING = 2e-6
 
 
@@ -88,18 +88,24 @@ def _find_odd(ask: Ask, choice: Choice, target: Target) -> Iterator[str]:
     if sum(histogram.values()) != num_tokens:
         yield f"the histogram counts {sum(histogram.values())} of {num_tokens} tokens"
     is_listed = _get_detail(ask) == "tokens"
+    head = target.heads.get(summary["head"])
+    select = asked.get("select") or (head and head.select)
+    is_continuous = policy in _CONTINUOUS_POLICIES or select == "mean"
     if is_listed:
-        yield from _find_misaligned(choice.temperatures, summary)
+        # The keys of a histogram are rounded where temperatures are continuous.
+        yield from _find_misaligned(choice.temperatures, summary, is_exact=not is_continuous)
     elif choice.temperatures:
         yield "lists temperatures, which nobody asked for"
     used = choice.temperatures if is_listed else [float(key) for key in histogram]
     if policy == "head":
-        yield from _find_foreign(summary, used, asked, target)
+        yield from _find_foreign(summary, used, asked, head, is_continuous)
     if summary["level"] == "sequence" and len(set(used)) > 1:
         yield f"{len(set(used))} temperatures in an answer of level sequence"
 
 
-def _find_misaligned(listed: list[float], summary: Mapping[str, Any]) -> Iterator[str]:
+def _find_misaligned(
+    listed: list[float], summary: Mapping[str, Any], is_exact: bool
+) -> Iterator[str]:
     """Where a list of temperatures differs from its summary."""
     if len(listed) != summary["tokens"]:
         yield f"{len(listed)} temperatures for {summary['tokens']} tokens"
@@ -109,16 +115,18 @@ def _find_misaligned(listed: list[float], summary: Mapping[str, Any]) -> Iterato
             yield f"temperatures from {ends[0]} to {ends[1]} contradict the summary's min and max"
         if abs(sum(listed) / len(listed) - summary["mean"]) > _ROUNDING:
             yield f"the temperatures' mean is not {summary['mean']}"
-        is_exact = summary["policy"] not in _ROUNDED_POLICIES
         if is_exact and Counter(f"{value:g}" for value in listed) != summary["histogram"]:
             yield "the temperatures contradict the histogram"
 
 
 def _find_foreign(
-    summary: Mapping[str, Any], used: list[float], asked: Mapping[str, Any], target: Target
+    summary: Mapping[str, Any],
+    used: list[float],
+    asked: Mapping[str, Any],
+    head: Head | None,
+    is_continuous: bool,
 ) -> Iterator[str]:
     """Temperatures that the head that answered does not have."""
-    head = target.heads.get(summary["head"])
     if head is None:
         yield f"the head {summary['head']!r} is not one of the server's"
         return
@@ -128,7 +136,10 @@ def _find_foreign(
     allowed = [value * asked.get("scale", 1.0) for value in head.temperatures]
     allowed = [max(low, value if high is None else min(value, high)) for value in allowed]
     for value in used:
-        if not any(abs(value - known) < _ROUNDING for known in allowed):
+        if is_continuous:
+            if not min(allowed) - _ROUNDING <= value <= max(allowed) + _ROUNDING:
+                yield f"temperature {value} is not from {min(allowed)} to {max(allowed)}"
+        elif not any(abs(value - known) < _ROUNDING for known in allowed):
             yield f"temperature {value} is none of the head's {', '.join(map(str, allowed))}"
 
 

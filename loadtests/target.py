@@ -28,6 +28,7 @@ class Head:
 
     level: str
     temperatures: tuple[float, ...]
+    select: str = "argmax"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def find_target(url: str, styles: Iterable[Style]) -> Target:
     try:
         model = models["data"][0]["id"]
         heads = {
-            head["id"]: Head(head["level"], tuple(head["temperatures"]))
+            head["id"]: Head(head["level"], tuple(head["temperatures"]), head["select"])
             for head in described["data"]
         }
     except (KeyError, IndexError, TypeError):

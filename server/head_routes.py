@@ -151,5 +151,6 @@ def describe(head: ServedHead, heads: HeadRegistry) -> dict[str, Any]:
         "default": head.name == heads.default,
         "generation": head.generation,
         "canary": canary and {"head": canary.name, "percent": canary.percent},
-        **head.metadata.model_dump(mode="json"),
+        "temperatures": head.metadata.temperatures,
+        **head.metadata.model_dump(mode="json", exclude={"probe"}),
     }

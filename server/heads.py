@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from adaptive_head.checkpoint import HeadMetadata
-from adaptive_head.options import AdaptiveRequest, Level, Options
+from adaptive_head.options import AdaptiveRequest, Level, Options, Selection
 
 # Called with the name and generation of a head that no request has any more.
 Release = Callable[[str, int], None]
@@ -28,6 +28,10 @@ class ServedHead:
     @property
     def level(self) -> Level:
         return self.metadata.level
+
+    @property
+    def select(self) -> Selection:
+        return self.metadata.select
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,13 @@ class HeadRegistry:
             if 100 * draw < canary.percent and request.level in (None, other.level):
                 head = other
         if (head.name, head.generation) != (options.name, options.generation):
-            options = replace(options, name=head.name, level=head.level, generation=head.generation)
+            options = replace(
+                options,
+                name=head.name,
+                level=head.level,
+                select=request.select or head.select,
+                generation=head.generation,
+            )
         return options, head
 
     def _begin(self, head: ServedHead) -> ServedHead:

@@ -12,8 +12,6 @@ from adaptive_head.vllm.wire import DecisionReader
 from server.heads import ServedHead
 from server.metrics import AdaptiveMetrics
 
-# Temperatures of these policies are continuous; an exact histogram would have a key a token.
-_ROUNDED_POLICIES = ("entropy", "schedule")
 _MAX_UNCOUNTED_TOKENS = 32
 
 
@@ -105,7 +103,8 @@ class ChoiceReport:
         histogram: dict[str, int] = {}
         for micro in used:
             value = micro / MICRO
-            if self._options.policy in _ROUNDED_POLICIES:
+            # An exact histogram would have a key per token.
+            if self._options.is_continuous:
                 value = round(value, 1)
             key = f"{value:g}"
             histogram[key] = histogram.get(key, 0) + self._num_tokens[micro]

@@ -176,7 +176,7 @@ def test_a_folder_without_metadata_is_not_a_head(folder, tmp_path):
     assert "is not a head" in refusal(tmp_path / "nowhere")
 
 
-REQUIRED = ["temperatures", "level", "hidden_size", "layer_sizes", "base_model", "trained"]
+REQUIRED = ["choices", "level", "hidden_size", "layer_sizes", "base_model", "trained"]
 
 
 @pytest.mark.parametrize("field", [*REQUIRED, "created", "packages"])
@@ -194,7 +194,7 @@ def test_metadata_without_a_required_field_is_refused(folder, field):
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"base_model": {"name": "tiny", "path": "/x"}}, "base_model.path: Extra inputs"),
         ({"base_model": {}}, "base_model.name: Field required"),
-        ({"format_version": 2}, "has format 2; this release reads up to 1: upgrade it"),
+        ({"format_version": 3}, "has format 3; this release reads up to 2: install a newer one"),
         ({"format_version": 0}, "format_version"),
         ({"format_version": "one"}, "format_version"),
         ({"level": "sentence"}, "level"),
@@ -202,10 +202,10 @@ def test_metadata_without_a_required_field_is_refused(folder, field):
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"layer_sizes": [6, 0]}, "layer_sizes.1"),
         ({"layer_sizes": 6}, "layer_sizes"),
-        ({"temperatures": [0.5]}, "temperatures: 2 to 64 are needed"),
-        ({"temperatures": [1.0, 0.5, 0.0]}, "strictly increasing"),
-        ({"temperatures": [0.0, 0.5, float("nan")]}, "nan is not in [0, 10]"),
-        ({"temperatures": [0.0, 0.5, 11]}, "11.0 is not in [0, 10]"),
+        ({"choices": [0.5]}, "choices: temperatures: 2 to 64 are needed"),
+        ({"choices": [1.0, 0.5, 0.0]}, "strictly increasing"),
+        ({"choices": [0.0, 0.5, float("nan")]}, "nan is not in [0, 10]"),
+        ({"choices": [0.0, 0.5, 11]}, "11.0 is not in [0, 10]"),
         ({"trained": "perhaps"}, "trained"),
     ],
 )
@@ -222,7 +222,7 @@ def test_wrong_metadata_is_refused(folder, changes, complaint):
         ({"hidden_size": 9}, "layers.0.weight has shape [6, 8], head.json says [6, 9]"),
         ({"layer_sizes": [6]}, "unknown layers.2.bias, layers.2.weight"),
         ({"layer_sizes": [6, 4, 4]}, "missing layers.3.bias, layers.3.weight"),
-        ({"temperatures": [0.0, 1.0]}, "layers.2.bias has shape [3], head.json says [2]"),
+        ({"choices": [0.0, 1.0]}, "layers.2.bias has shape [3], head.json says [2]"),
         # Sizes that no memory holds.
         ({"hidden_size": 10**13}, "head.json says [6, 10000000000000]"),
         ({"hidden_size": 10**30}, "layers.0.weight has shape [6, 8]"),

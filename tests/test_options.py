@@ -13,6 +13,7 @@ from adaptive_head.options import OptionError, Options, parse_request, quote, re
 
 class FakeHead(NamedTuple):
     level: str
+    select: str = "argmax"
 
 
 HEADS = {"default": FakeHead("token"), "whole": FakeHead("sequence")}

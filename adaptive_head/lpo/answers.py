@@ -9,7 +9,7 @@ from typing import IO, Any, Self
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
-from adaptive_head.checkpoint import replace_file
+from adaptive_head.files import replace_file
 from adaptive_head.lpo.arms import ResponseKey
 from adaptive_head.lpo.records import DataError, Response, parse_line, to_line
 

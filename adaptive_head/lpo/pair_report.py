@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from adaptive_head.checkpoint import replace_file
+from adaptive_head.files import replace_file
 from adaptive_head.lpo.experiment import HeadRecipe
 from adaptive_head.lpo.features import find_choices
 from adaptive_head.lpo.pairs import PairCounts, PairSet

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from adaptive_head.checkpoint import replace_file
+from adaptive_head.files import replace_file
 
 FinishReason = Literal["stop", "length", "abort", "repetition", "error"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from adaptive_head.checkpoint import replace_file
+from adaptive_head.files import replace_file
 from adaptive_head.language_model import is_path
 from adaptive_head.lpo.arms import HeadUnderTest
 from adaptive_head.lpo.comparison import (

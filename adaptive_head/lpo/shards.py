@@ -10,7 +10,7 @@ from typing import IO, Self
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
-from adaptive_head.checkpoint import replace_file
+from adaptive_head.files import replace_file
 from adaptive_head.lpo.records import DataError, Response, parse_line, read_records, to_line
 
 MANIFEST_FILE = "manifest.json"

@@ -21,11 +21,12 @@ TEMPERATURES = (0.0, 0.3, 0.7, 1.0)
 
 
 def describe_head(
-    level="token", temperatures=TEMPERATURES, trained=False, training=None
+    level="token", temperatures=TEMPERATURES, trained=False, training=None, select="argmax"
 ) -> HeadMetadata:
     return HeadMetadata(
-        temperatures=temperatures,
+        choices=temperatures,
         level=level,
+        select=select,
         hidden_size=8,
         layer_sizes=(4,),
         base_model=BaseModelIdentity(name="base"),
