@@ -11,7 +11,7 @@ from server.head_control import HeadControl
 from server.heads import HeadRegistry
 from server.metrics import AdaptiveMetrics
 from server.protocol import ADAPTIVE, AdaptiveFields, invalid_option
-from server.report import Report
+from server.report import Report, set_current_report
 
 # For clients that cannot send a string as temperature: a model's name with this at its end.
 MODEL_SUFFIX = ":adaptive"
@@ -45,6 +45,8 @@ class AdaptiveState:
 
 def admit(request: AdaptiveFields, raw_request: Request) -> None:
     """Make a request adaptive if it asks for that; an ordinary one stays as it is.
+
+    An adaptive one holds its head from here on, until `AdaptiveRoute` releases it.
 
     Raises:
         VLLMValidationError: it asks for something that cannot be served (a 400).
@@ -88,7 +90,17 @@ def admit(request: AdaptiveFields, raw_request: Request) -> None:
             parameter="seed",
         )
     resolved, head = state.heads.choose(resolved, options, seed)
-    request.begin_report(Report(resolved, options.report, num_choices, state.metrics, head))
+    report = Report(
+        resolved,
+        options.report,
+        num_choices,
+        state.metrics,
+        takes_many_prompts=request.takes_many_prompts,
+        head=head,
+    )
+    request.begin_report(report)
+    report.hold()
+    set_current_report(report)
 
 
 def is_asked_for(request: AdaptiveFields) -> bool:

@@ -1,10 +1,12 @@
 """vLLM's own request handlers, whose answers say what their temperatures were.
 
 Overrides where an answer is made, and not wrappers of the routes: stored and background responses
-never pass through one, and vLLM's routes keep their cancellation, keep-alive and error forms.
+never pass through one, and vLLM's routes keep their cancellation, keep-alive and error forms. An
+ordinary request gets from an override what vLLM's method returns, and nothing around it.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
@@ -15,38 +17,45 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from server.report import Report, find_report
-from server.stream import ChunkWriter, end_with_error, write_chunks, write_events
-from server.text_stream import CHAT, COMPLETION, TextStream, is_plain
+from server.report import Report
+from server.stream import ChunkWriter, write_chunks, write_events
+
+# vLLM 0.33 makes a chat's chunks as objects first; 0.32 only as text.
+HAS_CHUNK_OBJECTS = hasattr(OpenAIServingChat, "chat_completion_stream_generator_raw")
 
 
 class AdaptiveServingChat(OpenAIServingChat):
     """`/v1/chat/completions`"""
 
-    def chat_completion_stream_generator(
-        self, request: Any, result_generator: AsyncIterator[Any], *args: Any, **kwargs: Any
-    ) -> AsyncGenerator[str, None]:
-        def make_chunks(outputs: AsyncIterator[Any]) -> AsyncGenerator[str, None]:
-            return stock(request, outputs, *args, **kwargs)
+    if HAS_CHUNK_OBJECTS:
 
-        stock = super().chat_completion_stream_generator
-        report = find_report(request)
-        writer = None
-        if report is not None:
+        def chat_completion_stream_generator_raw(
+            self, request: Any, *args: Any, **kwargs: Any
+        ) -> AsyncGenerator[Any, None]:
+            chunks = super().chat_completion_stream_generator_raw(request, *args, **kwargs)
+            if (report := find_shown_report(request)) is None:
+                return chunks
             writer = ChunkWriter(report, shows_tokens(request, report, self.parser_cls))
-        is_read = self.parser_cls is not None or self.enable_log_outputs
-        if is_read or not is_plain(request, self.enable_force_include_usage):
-            return write_chunks(make_chunks(result_generator), writer)
-        return TextStream(result_generator, CHAT, writer).write(make_chunks)
+            return write_chunks(chunks, writer.write_object)
 
-    async def chat_completion_full_generator(
+    else:
+
+        def chat_completion_stream_generator(
+            self, request: Any, *args: Any, **kwargs: Any
+        ) -> AsyncGenerator[str, None]:
+            chunks = super().chat_completion_stream_generator(request, *args, **kwargs)
+            if (report := find_shown_report(request)) is None:
+                return chunks
+            writer = ChunkWriter(report, shows_tokens(request, report, self.parser_cls))
+            return write_chunks(chunks, writer.write_text)
+
+    def chat_completion_full_generator(
         self, request: Any, *args: Any, **kwargs: Any
-    ) -> ErrorResponse | ChatCompletionResponse:
-        answer = await super().chat_completion_full_generator(request, *args, **kwargs)
-        report = find_report(request)
-        if report is not None and isinstance(answer, ChatCompletionResponse):
-            describe_choices(answer, report, shows_tokens(request, report, self.parser_cls))
-        return answer
+    ) -> Coroutine[Any, Any, ErrorResponse | ChatCompletionResponse]:
+        answer = super().chat_completion_full_generator(request, *args, **kwargs)
+        if (report := find_shown_report(request)) is None:
+            return answer
+        return describe_chat(answer, report, shows_tokens(request, report, self.parser_cls))
 
 
 class AdaptiveServingCompletion(OpenAIServingCompletion):
@@ -56,20 +65,20 @@ class AdaptiveServingCompletion(OpenAIServingCompletion):
         self,
         request: Any,
         engine_inputs: Sequence[Any],
-        result_generator: AsyncIterator[Any],
+        result_generator: AsyncGenerator[Any, None],
         *args: Any,
         **kwargs: Any,
     ) -> AsyncGenerator[str, None]:
-        def make_chunks(outputs: AsyncIterator[Any]) -> AsyncGenerator[str, None]:
-            return stock(request, engine_inputs, outputs, *args, **kwargs)
-
-        stock = super().completion_stream_generator
-        report = find_report(request)
-        writer = None if report is None else ChunkWriter(report, report.detail == "tokens")
-        has_several = len(engine_inputs) > 1
-        if has_several or not is_plain(request, self.enable_force_include_usage):
-            return write_chunks(make_chunks(result_generator), writer)
-        return TextStream(result_generator, COMPLETION, writer).write(make_chunks)
+        report = find_shown_report(request)
+        show_tokens = report is not None and report.detail == "tokens"
+        if report is not None and show_tokens and len(engine_inputs) > 1:
+            result_generator = report.follow(result_generator)
+        chunks = super().completion_stream_generator(
+            request, engine_inputs, result_generator, *args, **kwargs
+        )
+        if report is None:
+            return chunks
+        return write_chunks(chunks, ChunkWriter(report, show_tokens).write_text)
 
     def request_output_to_completion_response(
         self, final_res_batch: Any, request: Any, *args: Any, **kwargs: Any
@@ -77,7 +86,7 @@ class AdaptiveServingCompletion(OpenAIServingCompletion):
         answer = super().request_output_to_completion_response(
             final_res_batch, request, *args, **kwargs
         )
-        if (report := find_report(request)) is not None:
+        if (report := find_shown_report(request)) is not None:
             describe_choices(answer, report, report.detail == "tokens")
         return answer
 
@@ -88,20 +97,46 @@ class AdaptiveServingResponses(OpenAIServingResponses):
     def responses_stream_generator(
         self, request: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        events = end_with_error(super().responses_stream_generator(request, *args, **kwargs))
-        report = find_report(request)
-        if report is None or not shows_tokens(request, report, self.parser):
+        events = super().responses_stream_generator(request, *args, **kwargs)
+        if (report := find_report(request)) is None:
             return events
-        return write_events(events, report)
+        show_tokens = shows_tokens(request, report, self.parser)
+        return write_events(events, report, show_tokens, hold_head(request, report))
 
-    async def responses_full_generator(
+    def responses_full_generator(
         self, request: Any, *args: Any, **kwargs: Any
-    ) -> ErrorResponse | ResponsesResponse:
-        response = await super().responses_full_generator(request, *args, **kwargs)
+    ) -> Coroutine[Any, Any, ErrorResponse | ResponsesResponse]:
+        answer = super().responses_full_generator(request, *args, **kwargs)
         report = find_report(request)
-        if report is not None and isinstance(response, ResponsesResponse):
+        return answer if report is None else self._describe(answer, request, report)
+
+    async def _describe(
+        self, answer: Coroutine[Any, Any, Any], request: Any, report: Report
+    ) -> ErrorResponse | ResponsesResponse:
+        with hold_head(request, report):
+            response = await answer
+        if report.detail != "none" and isinstance(response, ResponsesResponse):
             response.adaptive = report[0].describe(shows_tokens(request, report, self.parser))
         return response
+
+
+def hold_head(request: Any, report: Report) -> AbstractContextManager[None]:
+    """Hold the head for a background response, which outlives its route.
+
+    The route holds the head of any other: the generator of a stream whose client has left may stay
+    open until it is collected.
+    """
+    return report.held() if request.background else nullcontext()
+
+
+async def describe_chat(
+    answer: Coroutine[Any, Any, Any], report: Report, show_tokens: bool
+) -> ErrorResponse | ChatCompletionResponse:
+    """Set `adaptive` on every choice of a whole answer, unless it is an error."""
+    response = await answer
+    if isinstance(response, ChatCompletionResponse):
+        describe_choices(response, report, show_tokens)
+    return response
 
 
 def describe_choices(
@@ -113,6 +148,18 @@ def describe_choices(
 
 
 def shows_tokens(request: Any, report: Report, parser: object | None) -> bool:
-    """Whether to list a temperature a token. Hidden reasoning hides what is said of its tokens."""
+    """Whether to list one temperature per token. Where reasoning is hidden, so are its tokens'."""
     is_hidden = not request.include_reasoning and parser is not None
     return report.detail == "tokens" and not is_hidden
+
+
+def find_report(request: Any) -> Report | None:
+    """The report of an adaptive request; None for an ordinary one, and for vLLM's own classes."""
+    report = getattr(request, "report", None)
+    return report if isinstance(report, Report) else None
+
+
+def find_shown_report(request: Any) -> Report | None:
+    """The report that the answer to a request is to show, if any."""
+    report = find_report(request)
+    return None if report is None or report.detail == "none" else report

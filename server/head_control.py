@@ -1,14 +1,12 @@
 """Loads, replaces and removes heads while the server runs.
 
-A head is read and verified here, then loaded by every worker beside those that serve; only when all
-of them have it does it take its name. A head that fails on the way changes nothing.
+A head is read and verified here, then loaded by every worker alongside those that serve; only when
+all of them have it does it take its name. A head that fails on the way changes nothing.
 """
 
 import asyncio
-import gc
 import re
 import time
-import weakref
 from collections.abc import Coroutine
 from pathlib import Path
 from types import EllipsisType
@@ -29,8 +27,8 @@ from server.metrics import AdaptiveMetrics
 POLL_INTERVAL_S = 0.05
 # For a disk that does not answer: other changes wait meanwhile.
 MAX_LOADING_S = 120.0
-# How often to look for cycles while a head is held that serves no longer: some milliseconds each.
-COLLECT_INTERVAL_S = 30.0
+# How often to look whether a head that is no longer served still has requests.
+RELEASE_INTERVAL_S = 1.0
 # No separator of paths, no name that a folder cannot have or that a label would need quotes for.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -71,12 +69,10 @@ class HeadControl:
         self.admin_key = admin_key
         self._verifier = HeadVerifier(engine_client.vllm_config)
         self._lock = asyncio.Lock()
-        self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        registry.release = self._release
 
     async def load(self, name: str, folder: str | None, *, is_default: bool) -> ServedHead:
-        """Serve a head from the next request on, also in the place of one of its name.
+        """Serve a head from the next request on, also instead of one of its name.
 
         Args:
             folder: below the heads' folder; the head's name where it is None.
@@ -96,7 +92,7 @@ class HeadControl:
             await self._load_in_workers(name, generation, path, loaded.digest)
             if (replaced := self._registry.by_name.get(name)) is not None:
                 self._metrics.remove_head(name, replaced.metadata)
-                self._begin(self._collect(weakref.ref(replaced)))
+                self._begin(self._release(replaced))
             self._metrics.add_head(name, loaded.metadata)
             head = self._registry.put(name, generation, loaded.metadata)
             if is_default or self._registry.default is None:
@@ -105,7 +101,7 @@ class HeadControl:
         return head
 
     async def remove(self, name: str) -> None:
-        """Serve a head no longer. Requests that have it are finished with it.
+        """Stop serving a head. Requests already using it finish with it.
 
         Raises:
             VLLMNotFoundError: there is no such head.
@@ -123,8 +119,8 @@ class HeadControl:
                 )
             self._registry.remove(name)
             self._metrics.remove_head(name, head.metadata)
-            self._begin(self._collect(weakref.ref(head)))
-        logger.info("Head %s is served no longer", name)
+            self._begin(self._release(head))
+        logger.info("Head %s is no longer served", name)
 
     async def change(
         self, name: str, *, make_default: bool, canary: Canary | EllipsisType | None = ...
@@ -198,7 +194,7 @@ class HeadControl:
                     )
                 await asyncio.sleep(POLL_INTERVAL_S)
         except BaseException:
-            self._release(name, generation)
+            self._begin(self._forget(name, generation))
             raise
 
     async def _call_workers(self, method: str, *args: Any) -> list[Any]:
@@ -209,24 +205,18 @@ class HeadControl:
         engines = await core.call_utility_all_async("collective_rpc", method, None, args, None)
         return [result for workers in engines for result in workers]
 
-    def _release(self, name: str, generation: int) -> None:
-        """Let the workers forget a head. May be called on any thread."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._begin_release, name, generation)
-
-    def _begin_release(self, name: str, generation: int) -> None:
-        self._begin(self._forget(name, generation))
-
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(work)
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _collect(self, head: weakref.ref[ServedHead]) -> None:
-        """Look for cycles until a head is free: a request whose client has left can be in one."""
-        while head() is not None:
-            await asyncio.sleep(COLLECT_INTERVAL_S)
-            gc.collect()
+    async def _release(self, head: ServedHead) -> None:
+        """Let the workers forget a head that is no longer served, once no request has it."""
+        # First a pause: a background response holds it from a moment after its route has let go.
+        await asyncio.sleep(RELEASE_INTERVAL_S)
+        while head.num_holders:
+            await asyncio.sleep(RELEASE_INTERVAL_S)
+        await self._forget(head.name, head.generation)
 
     async def _forget(self, name: str, generation: int) -> None:
         try:

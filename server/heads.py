@@ -1,29 +1,29 @@
 """The heads that the server answers with: which, by what name, and who takes a canary's share."""
 
 import random
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from adaptive_head.checkpoint import HeadMetadata
 from adaptive_head.options import AdaptiveRequest, Level, Options, Selection
 
-# Called with the name and generation of a head that no request has any more.
-Release = Callable[[str, int], None]
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ServedHead:
-    """One head in the engine. The requests that it answers hold on to it; see `HeadRegistry`.
+    """One head in the engine.
 
-    `generation` is 0 for the heads of the start, and a new number each for those that come later:
-    a replaced head and its successor serve side by side until the last request of the old one ends.
+    A replaced head and its successor serve side by side until the last request of the old one ends.
+
+    Attributes:
+        generation: 0 for the heads of the start, and a new number for each that comes later.
+        num_holders: how many requests have it that are not over; see `Report.hold`.
     """
 
     name: str
     generation: int
     metadata: HeadMetadata
+    num_holders: int = field(default=0, init=False)
 
     @property
     def level(self) -> Level:
@@ -48,12 +48,7 @@ class HeadRegistry:
     Args:
         heads: those that the engine has loaded at its start.
         default: the head of requests that name none.
-
-    Attributes:
-        release: told of each head that was replaced or removed, once no request has it.
     """
-
-    release: Release | None = None
 
     def __init__(self, heads: Mapping[str, HeadMetadata], default: str | None = None) -> None:
         self._heads: dict[str, ServedHead] = {}
@@ -61,7 +56,7 @@ class HeadRegistry:
         self._last_generation = 0
         self.default = default
         for name, metadata in heads.items():
-            self._heads[name] = self._begin(ServedHead(name, 0, metadata))
+            self._heads[name] = ServedHead(name, 0, metadata)
 
     def __len__(self) -> int:
         return len(self._heads)
@@ -84,13 +79,13 @@ class HeadRegistry:
         return self._last_generation
 
     def put(self, name: str, generation: int, metadata: HeadMetadata) -> ServedHead:
-        """Serve a head from the next request on, in the place of one of its name."""
-        head = self._begin(ServedHead(name, generation, metadata))
+        """Serve a head from the next request on, instead of one of its name."""
+        head = ServedHead(name, generation, metadata)
         self._heads = self._heads | {name: head}
         return head
 
     def remove(self, name: str) -> None:
-        """Serve a head no longer. It may be neither the default nor part of a canary."""
+        """Stop serving a head. It may be neither the default nor part of a canary."""
         assert name != self.default and not self.find_canaries(name)
         self._heads = {other: head for other, head in self._heads.items() if other != name}
 
@@ -117,7 +112,7 @@ class HeadRegistry:
 
         Returns:
             The options with that head's name, level and generation, and the head, which the
-            request's report must hold on to; None for a policy without one.
+            request must hold until it is over; None for a policy without one.
         """
         if options.policy != "head":
             return options, None
@@ -138,13 +133,3 @@ class HeadRegistry:
                 generation=head.generation,
             )
         return options, head
-
-    def _begin(self, head: ServedHead) -> ServedHead:
-        # Whoever answers, streams or is cancelled with a head drops its reference in the end; to
-        # count requests in and out would need a line in every one of those places.
-        weakref.finalize(head, self._end, head.name, head.generation).atexit = False
-        return head
-
-    def _end(self, name: str, generation: int) -> None:
-        if self.release is not None:
-            self.release(name, generation)

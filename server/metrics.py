@@ -3,42 +3,17 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 from prometheus_client.utils import floatToGoString
 
 from adaptive_head.checkpoint import HeadMetadata
 from adaptive_head.options import Options
 from adaptive_head.slots import MICRO
+from server.counted_histogram import CountedHistogram
 
 LABELS = ("model", "head", "level")
 # Where no head is loaded, for the learning-free policies.
 DEFAULT_BUCKETS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
-
-
-class CountedHistogram(Histogram):
-    """A histogram that takes many equal observations at the price of one, and new buckets.
-
-    prometheus-client observes one value at a time, which would be the dearest part of a token's
-    way through the API process.
-    """
-
-    def observe_many(self, value: float, count: int) -> None:
-        """Observe `value` `count` times."""
-        self._raise_if_not_observable()
-        self._sum.inc(value * count)
-        for bound, bucket in zip(self._upper_bounds, self._buckets, strict=True):
-            if value <= bound:
-                bucket.inc(count)
-                break
-
-    @property
-    def bounds(self) -> list[float]:
-        """The upper bounds of its buckets, the last of them infinite."""
-        return self._upper_bounds
-
-    def widen(self, bounds: Iterable[float]) -> None:
-        """Give the children that come from now on these buckets too."""
-        self._kwargs["buckets"] = sorted({*self._kwargs["buckets"], *bounds})
 
 
 class AdaptiveMetrics:
@@ -65,7 +40,8 @@ class AdaptiveMetrics:
         buckets = merge_buckets(head.temperatures for head in heads.values())
         self._temperature = CountedHistogram(
             "adaptive_temperature",
-            "Temperatures chosen, one observation a generated token.",
+            "Temperatures chosen, one observation per generated token. Of a cancelled answer, at "
+            "least the tokens that the client received and at most those that the engine made.",
             LABELS,
             buckets=buckets,
             registry=registry,

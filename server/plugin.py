@@ -1,6 +1,5 @@
 """The endpoint plugin that vLLM loads into its API process."""
 
-import gc
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -9,7 +8,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import State
-from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 
@@ -38,10 +36,6 @@ from server.shutdown import DRAIN, DrainingClient, Gate, bound_closing, note_end
 logger = init_logger("vllm.adaptive")
 
 RECORDED_PATHS = (CHAT_PATH, COMPLETION_PATH, RESPONSES_PATH)
-HOT_PATHS = frozenset(RECORDED_PATHS)
-# Containers that are made and not yet gone until the collector looks for cycles. A stream whose
-# client has left is one of some 200, and keeps its prompt until then.
-_GC_THRESHOLD = 5_000
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
 # vLLM's request handlers by their names in the application's state, and what becomes of them.
 HANDLERS: dict[str, type[Any]] = {
@@ -110,20 +104,6 @@ class AdaptiveEndpoints:
             extend_handler(getattr(state, name), handler_class, EngineProxy(engine_client))
         # Last, and seen by vLLM's launcher and probes only: what stops the server.
         state.engine_client = DrainingClient(engine_client, DRAIN)
-        spare_the_loop()
-
-
-def spare_the_loop() -> None:
-    """Once the server is up, leave out what would be done again and again for nothing.
-
-    vLLM's API process asks the environment at every token; its engine caches it, as this does.
-    The collector, at Python's default, looks through all that the requests in flight hold after
-    every fourth of them, for cycles that hardly any has: 2 to 5 % of the process's time.
-    """
-    envs.enable_envs_cache()
-    threshold, *others = gc.get_threshold()
-    if 0 < threshold < _GC_THRESHOLD:
-        gc.set_threshold(_GC_THRESHOLD, *others)
 
 
 def extend_handler(handler: Any, handler_class: type[Any], proxy: EngineProxy) -> None:
@@ -181,8 +161,6 @@ def extend_lifespan(lifespan: Lifespan, observers: Sequence[Observer]) -> Lifesp
 
     @asynccontextmanager
     async def extended(app: FastAPI) -> AsyncIterator[Any]:
-        # By far the most requests are for these, and routes are tried one after the other.
-        app.router.routes.sort(key=lambda route: getattr(route, "path", None) not in HOT_PATHS)
         async with lifespan(app) as state:
             announce(app.state.adaptive, app.state.args)
             bound_closing(app.state)

@@ -26,6 +26,8 @@ class AdaptiveFields(BaseModel):
     adaptive: AdaptiveRequest | None = Field(
         default=None, description='How to choose, with temperature "adaptive".'
     )
+    # Whether vLLM generates several prompts of a request, or only one, in one or several turns.
+    takes_many_prompts: ClassVar[bool] = False
     _report: Report | None = PrivateAttr(default=None)
 
     if TYPE_CHECKING:
@@ -57,10 +59,10 @@ class AdaptiveFields(BaseModel):
         return self._report
 
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
-        """vLLM's conversion, once a prompt; an adaptive request's parameters carry its report."""
+        """vLLM's conversion; an adaptive request's parameters carry its options."""
         params: SamplingParams = super().to_sampling_params(*args, **kwargs)  # type: ignore[misc]
         if (report := self._report) is not None:
-            params.extra_args = {**(params.extra_args or {}), EXTRA_ARGS_KEY: report.begin_prompt()}
+            params.extra_args = {**(params.extra_args or {}), **report.options.to_extra_args()}
         return params
 
 
@@ -73,6 +75,7 @@ class AdaptiveChatCompletionRequest(AdaptiveFields, ChatCompletionRequest):
 class AdaptiveCompletionRequest(AdaptiveFields, CompletionRequest):
     """`/v1/completions`"""
 
+    takes_many_prompts: ClassVar[bool] = True
     field_names: ClassVar[set[str] | None] = None
 
 

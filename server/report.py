@@ -1,18 +1,22 @@
 """What an answer says of its temperatures, gathered while the engine generates it."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
 
-from adaptive_head.options import Options, ReportDetail
+from adaptive_head.options import EXTRA_ARGS_KEY, Options, ReportDetail
 from adaptive_head.slots import MICRO
 from adaptive_head.vllm.wire import DecisionReader
 from server.heads import ServedHead
 from server.metrics import AdaptiveMetrics
 
 _MAX_UNCOUNTED_TOKENS = 32
+_CURRENT: ContextVar["Report | None"] = ContextVar("current_report", default=None)
 
 
 class ChoiceReport:
@@ -20,27 +24,25 @@ class ChoiceReport:
 
     Attributes:
         reader: takes them off the engine's outputs.
+        num_given: how many tokens vLLM has been given to make chunks of; None where these are all
+            that have been read.
     """
 
     def __init__(self, options: Options, detail: ReportDetail) -> None:
         self._options = options
         self._detail = detail
         self.reader = DecisionReader()
+        self.num_given: int | None = None
         # By temperature, in millionths.
         self._num_tokens: dict[int, int] = {}
         self._uncounted: dict[int, int] = {}
         self._micros: list[int] = []
         self._num_sent = 0
-        self._num_held = 0
 
     def restart(self) -> None:
-        """The engine begins to generate, for tool calls not for the first time."""
+        """Begin to generate; with tool calls, more than once per answer."""
         self._settle()
         self.reader.restart()
-
-    def hold(self, num_tokens: int) -> None:
-        """So many more tokens are not to be reported before the response is built from them."""
-        self._num_held += num_tokens
 
     @property
     def num_tokens(self) -> Mapping[int, int]:
@@ -55,7 +57,8 @@ class ChoiceReport:
 
     def take_ready(self) -> list[float]:
         """Temperatures of the tokens that are in the response and not yet reported."""
-        first, end = self._num_sent, self.reader.num_tokens - self._num_held
+        first = self._num_sent
+        end = self.reader.num_tokens if self.num_given is None else self.num_given
         self._num_sent = end
         # Tokens that are not settled yet, and none of which brought a change.
         if first >= len(self._micros) and (decision := self.reader.unchanged) is not None:
@@ -114,10 +117,10 @@ class ChoiceReport:
 class Report:
     """The temperatures of a whole response: `num_choices` answers for each of its prompts.
 
-    `head` is only held: the engine keeps a head for as long as somebody does.
-
-    Attributes:
-        has_several_prompts: whether the response merges the outputs of several prompts.
+    Args:
+        takes_many_prompts: whether each call of the engine generates the next prompt's answers, as
+            for `/v1/completions`. Otherwise each continues the one prompt's, as after a tool call.
+        head: chooses the temperatures; None for a policy without one.
     """
 
     def __init__(
@@ -126,51 +129,83 @@ class Report:
         detail: ReportDetail,
         num_choices: int,
         metrics: AdaptiveMetrics,
+        *,
+        takes_many_prompts: bool = False,
         head: ServedHead | None = None,
     ) -> None:
         self.options = options
         self.detail = detail
         self._num_choices = num_choices
         self._metrics = metrics
+        self._takes_many_prompts = takes_many_prompts
         self._head = head
         self._choices: list[ChoiceReport] = []
-        self.has_several_prompts = False
+        self._prompts: list[PromptReport] = []
 
     def begin_prompt(self) -> "PromptReport":
-        """The next prompt of the request is about to be generated."""
-        choices = [ChoiceReport(self.options, self.detail) for _ in range(self._num_choices)]
-        self.has_several_prompts = bool(self._choices)
-        self._choices += choices
-        return PromptReport(self, choices, self._metrics)
+        """Return the report of what the engine is about to generate."""
+        if self._takes_many_prompts or not self._prompts:
+            choices = [ChoiceReport(self.options, self.detail) for _ in range(self._num_choices)]
+            self._choices += choices
+            self._prompts.append(PromptReport(self, choices, self._metrics))
+        return self._prompts[-1]
 
     def __getitem__(self, index: int) -> ChoiceReport:
         """The report of the response's choice `index`."""
         return self._choices[index]
 
+    async def follow(
+        self, outputs: AsyncGenerator[tuple[int, RequestOutput], None]
+    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """Count the tokens of several prompts as vLLM's generator of chunks takes them.
+
+        vLLM's merging of prompts reads one output ahead of the chunk that is being sent, so more
+        has been read from the engine than is in the response.
+        """
+        async with aclosing(outputs):
+            async for prompt, output in outputs:
+                for completion in output.outputs:
+                    choice = self[prompt * self._num_choices + completion.index]
+                    choice.num_given = (choice.num_given or 0) + len(completion.token_ids)
+                yield prompt, output
+
+    def hold(self) -> None:
+        """Keep the head in the workers until `release` has been called as often."""
+        if self._head is not None:
+            self._head.num_holders += 1
+
+    def release(self) -> None:
+        """Let go of the head, and count what was read: nobody may close a stream that is left."""
+        if self._head is not None:
+            self._head.num_holders -= 1
+        for prompt in self._prompts:
+            prompt.flush()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """`hold`, and `release` at the end."""
+        self.hold()
+        try:
+            yield
+        finally:
+            self.release()
+
 
 class PromptReport:
-    """Reads the engine's outputs for one prompt. It travels to `EngineProxy` with the prompt's
-    sampling parameters, which is what ties an output to the response it belongs to."""
+    """Reads the engine's outputs for one prompt."""
 
     def __init__(
         self, report: Report, choices: list[ChoiceReport], metrics: AdaptiveMetrics
     ) -> None:
         self.options = report.options
         self.detail = report.detail
-        self._report = report
         self._choices = choices
         self._metrics = metrics
         self._num_uncounted = 0
-        self._is_first = True
-
-    def __repr__(self) -> str:
-        # vLLM logs a request's parameters, with this among them, where it is asked to.
-        return repr(self.options)
 
     def begin(self) -> None:
-        """The prompt is handed to the engine."""
+        """Note that the prompt is handed to the engine."""
         self._metrics.count_request(self.options)
-        self._is_first = True
         for choice in self._choices:
             choice.restart()
 
@@ -184,10 +219,6 @@ class PromptReport:
                 self._metrics.count_answer(self.options, mean)
         if self._num_uncounted >= _MAX_UNCOUNTED_TOKENS or output.finished:
             self.flush()
-        # Between the first output and its use a chat's stream sends chunks that name the role.
-        if self.detail == "tokens" and (self._is_first or self._report.has_several_prompts):
-            self._is_first = False
-            output.outputs = _Outputs(output.outputs, self._choices)
 
     def count_into(self, num_tokens: Counter[int]) -> None:
         """Add how many tokens there are at each temperature (millionths), of all choices."""
@@ -202,32 +233,25 @@ class PromptReport:
         self._num_uncounted = 0
 
 
-class _Outputs(list[CompletionOutput]):
-    """Outputs whose tokens are held until a response is built from them.
+def current_report() -> Report | None:
+    """The report of the request that this task works for; None for an ordinary one."""
+    return _CURRENT.get()
 
-    vLLM's merging of several prompts reads one output ahead of the chunk that is being sent, so
-    that the arrival of a token says nothing about the chunk it will be in; its use does.
-    """
 
-    def __init__(self, outputs: list[CompletionOutput], choices: list[ChoiceReport]) -> None:
-        super().__init__(outputs)
-        self._choices: list[ChoiceReport] | None = choices
-        for output in outputs:
-            choices[output.index].hold(len(output.token_ids))
+def set_current_report(report: Report | None) -> None:
+    """Let this task, and those that it starts from now on, work for a request."""
+    _CURRENT.set(report)
 
-    def __iter__(self) -> Iterator[CompletionOutput]:
-        self._release()
-        return super().__iter__()
 
-    def __getitem__(self, position: Any) -> Any:
-        self._release()
-        return super().__getitem__(position)
-
-    def _release(self) -> None:
-        choices, self._choices = self._choices, None
-        if choices is not None:
-            for output in super().__iter__():
-                choices[output.index].hold(-len(output.token_ids))
+def find_prompt_report(params: SamplingParams) -> PromptReport | None:
+    """The report of a prompt that this task hands to the engine; None for an ordinary one."""
+    report = _CURRENT.get()
+    if report is None:
+        return None
+    # A prompt that vLLM generates with other parameters is none of the request's own.
+    asked = (params.extra_args or {}).get(EXTRA_ARGS_KEY)
+    is_own = asked == report.options.to_extra_args()[EXTRA_ARGS_KEY]
+    return report.begin_prompt() if is_own else None
 
 
 def summarise(reports: Sequence[PromptReport]) -> dict[str, Any]:
@@ -254,9 +278,3 @@ def mean_of(num_tokens: Mapping[int, int]) -> float | None:
     if not total:
         return None
     return sum(micro * count for micro, count in num_tokens.items()) / total / MICRO
-
-
-def find_report(request: Any) -> Report | None:
-    """The report that the answer to a request shall show, if any."""
-    report = getattr(request, "report", None)
-    return report if isinstance(report, Report) and report.detail != "none" else None

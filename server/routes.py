@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
+from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.openai.chat_completion import api_router as chat
 from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.openai.models import api_router as models
@@ -15,6 +16,7 @@ from server.protocol import (
     AdaptiveResponsesRequest,
 )
 from server.record import note_request
+from server.report import current_report, set_current_report
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETION_PATH = "/v1/completions"
@@ -22,9 +24,23 @@ RESPONSES_PATH = "/v1/responses"
 MODELS_PATH = "/v1/models"
 
 
+class AdaptiveRoute(APIRoute):
+    """A route of requests that may be adaptive."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request; an adaptive one holds its head until the response is over."""
+        # The context may be that of an earlier request of the same connection.
+        set_current_report(None)
+        try:
+            await super().handle(scope, receive, send)
+        finally:
+            if (report := current_report()) is not None:
+                report.release()
+
+
 def make_router() -> APIRouter:
-    """Routes that take the place of vLLM's."""
-    router = APIRouter()
+    """Routes that replace vLLM's."""
+    router = APIRouter(route_class=AdaptiveRoute)
     for path, endpoint, stock in (
         (CHAT_PATH, create_chat_completion, chat.router),
         (COMPLETION_PATH, create_completion, completion.router),

@@ -1,8 +1,8 @@
 """Writes temperatures into the chunks of a streamed response."""
 
 import re
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, aclosing
 from typing import Any
 
 import msgspec
@@ -14,14 +14,21 @@ from server.report import Report
 logger = init_logger("vllm.adaptive")
 
 # An unescaped quote cannot occur inside a JSON string, so these are keys: one with a text value,
-# and that of the choices with the first key of the first. Every chunk of vLLM's has one choice, but
-# for the one with the usage and for errors, which have none.
+# and the choices' with the first key of the first. Every chunk of vLLM's has one choice, except for
+# the one with the usage and for errors, which have none.
 _FINISHED = '"finish_reason":"'
-_CHOICE = re.compile(r'"choices":\[\{"index":(\d+)[,}]')
+_CHOICE = re.compile(r'"choices":\[\{"index":(\d+)')
+# Set, if only to null, in chunks that are made of tokens, and not in those before them, which have
+# a chat's role and echo its last message.
+_TOKENS = "token_ids"
+_TOKENS_KEY = f'"{_TOKENS}":'
 
 
 class ChunkWriter:
     """Adds to the chunks of one chat or completion stream what their tokens' temperatures were.
+
+    vLLM asks the engine for its next output when it has made the chunks of the one before. So
+    what it was given before a chunk is in that chunk or an earlier one.
 
     Args:
         show_tokens: whether each chunk lists the temperatures of its tokens; the chunk that ends a
@@ -31,72 +38,70 @@ class ChunkWriter:
     def __init__(self, report: Report, show_tokens: bool) -> None:
         self._report = report
         self._show_tokens = show_tokens
-        # What a choice's chunks begin with, which is looked for again only where another one's
-        # comes.
-        self._prefix, self._choice = "", report[0]
 
-    def write(self, chunk: str) -> str:
-        """A server-sent event of vLLM's, with what is to be said of it."""
+    def write_text(self, chunk: str) -> str:
+        """Return a server-sent event of vLLM's with the field `adaptive`."""
         is_finished = _FINISHED in chunk
-        if not (self._show_tokens or is_finished) or not self._find_choice(chunk):
+        if not (self._show_tokens or is_finished) or _TOKENS_KEY not in chunk:
             return chunk
-        summary = self._choice.describe(show_tokens=False) if is_finished else {}
-        return self.insert(chunk, summary | self.describe_next())
-
-    def describe_next(self) -> dict[str, Any]:
-        """What is to be said of the tokens in the next chunk of the same choice."""
-        temperatures = self._choice.take_ready() if self._show_tokens else []
-        return {"temperatures": temperatures} if temperatures else {}
-
-    def insert(self, chunk: str, adaptive: dict[str, Any]) -> str:
-        """A chunk of the same choice, or its beginning, that says it."""
-        if not adaptive:
+        choice = _CHOICE.search(chunk)
+        if choice is None or not (adaptive := self._describe(int(choice[1]), is_finished)):
             return chunk
         # As text: to decode and encode every chunk would cost more than all else that we do.
-        place = len(self._prefix) - 1
+        place = choice.end()
         return f'{chunk[:place]},"adaptive":{msgspec.json.encode(adaptive).decode()}{chunk[place:]}'
 
-    def _find_choice(self, chunk: str) -> bool:
-        """Whether a chunk has a choice."""
-        if not self._prefix or not chunk.startswith(self._prefix):
-            found = _CHOICE.search(chunk)
-            if found is None:
-                return False
-            self._prefix, self._choice = chunk[: found.end()], self._report[int(found[1])]
-        return True
+    def write_object(self, chunk: Any) -> Any:
+        """Return a chunk that vLLM has not yet serialised with the field `adaptive`."""
+        # None of an error, or of the usage.
+        for choice in getattr(chunk, "choices", ()):
+            if _TOKENS in choice.model_fields_set:
+                is_finished = choice.finish_reason is not None
+                if adaptive := self._describe(choice.index, is_finished):
+                    choice.adaptive = adaptive
+        return chunk
+
+    def _describe(self, index: int, is_finished: bool) -> dict[str, Any]:
+        choice = self._report[index]
+        adaptive = choice.describe(show_tokens=False) if is_finished else {}
+        if self._show_tokens and (temperatures := choice.take_ready()):
+            adaptive["temperatures"] = temperatures
+        return adaptive
 
 
-def write_chunks(
-    chunks: AsyncGenerator[str, None], writer: ChunkWriter | None
-) -> AsyncGenerator[str, None]:
-    """The chunks of a stream, with their temperatures where they are to be said."""
-    return chunks if writer is None else (writer.write(chunk) async for chunk in chunks)
+async def write_chunks(
+    chunks: AsyncGenerator[Any, None], write: Callable[[Any], Any]
+) -> AsyncGenerator[Any, None]:
+    """The chunks of a stream, as `write` returns them."""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            yield write(chunk)
 
 
 async def write_events(
-    events: AsyncGenerator[Any, None], report: Report
+    events: AsyncGenerator[Any, None],
+    report: Report,
+    show_tokens: bool,
+    holding: AbstractContextManager[None],
 ) -> AsyncGenerator[Any, None]:
-    """The same for the events of the Responses API, which are still objects here.
-
-    The delta events list the temperatures; the summary is on the completed response.
-    """
-    async for event in events:
-        if event.type.endswith(".delta") and (temperatures := report[0].take_ready()):
-            event.adaptive = {"temperatures": temperatures}
-        yield event
-
-
-async def end_with_error(events: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
     """The events of the Responses API, the last of which says so where the stream broke.
 
-    vLLM says it in the other two streams; here it only closes the connection.
+    vLLM says it in the other two streams; here it only closes the connection. Delta events list the
+    temperatures; the summary is on the completed response.
+
+    Args:
+        holding: entered for as long as there are events.
     """
     num_events = 0
     try:
         async with aclosing(events):
-            async for event in events:
-                num_events += 1
-                yield event
+            with holding:
+                async for event in events:
+                    num_events += 1
+                    is_delta = show_tokens and event.type.endswith(".delta")
+                    if is_delta and (temperatures := report[0].take_ready()):
+                        event.adaptive = {"temperatures": temperatures}
+                    yield event
     except Exception as error:
         logger.exception("the stream of a response broke")
         yield ResponseErrorEvent(
