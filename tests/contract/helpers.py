@@ -1,6 +1,8 @@
 """vLLM's source as a test reads it, and requests as the worker sees them."""
 
+import ast
 import inspect
+import textwrap
 from typing import Any
 
 import torch
@@ -14,6 +16,11 @@ CPU = torch.device("cpu")
 def source(thing: Any) -> str:
     """The source of a module, class or function, without blanks."""
     return "".join(inspect.getsource(thing).split())
+
+
+def parse(function: Any) -> ast.AST:
+    """The syntax tree of a function or class."""
+    return ast.parse(textwrap.dedent(inspect.getsource(function)))
 
 
 def assert_in_order(thing: Any, *fragments: str) -> None:

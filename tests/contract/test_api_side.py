@@ -1,10 +1,7 @@
 """What the front end assumes of vLLM's API server. No engine, no socket."""
 
 import ast
-import copy
-import gc
 import inspect
-import re
 from importlib.metadata import entry_points
 from typing import get_args
 
@@ -16,12 +13,14 @@ from vllm import __version_tuple__, envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.generate import api_router as generate
+from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.entrypoints.launchers import app as launcher
 from vllm.entrypoints.launchers.api_server import app_state, entry
 from vllm.entrypoints.openai.chat_completion import api_router as chat
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionRequest,
     ChatCompletionResponseChoice,
+    ChatCompletionResponseStreamChoice,
     ChatCompletionStreamResponse,
 )
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -42,42 +41,40 @@ from vllm.entrypoints.openai.responses.protocol import (
 )
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelList
-from vllm.entrypoints.serve.utils.api_utils import should_include_usage
 from vllm.exceptions import VLLMValidationError
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins
 from vllm.renderers import BaseRenderer
 from vllm.sampling_params import SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.async_utils import merge_async_iterators
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.core import EngineCore
-from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.metrics.stats import IterationStats
 
 from adaptive_head.options import EXTRA_ARGS_KEY, AdaptiveRequest, Options, resolve_options
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError
 from adaptive_head.vllm.moved import make_arg_parser
 from server.cli import PLUGIN
+from server.counted_histogram import CountedHistogram
 from server.engine_proxy import EngineProxy
 from server.handlers import (
+    HAS_CHUNK_OBJECTS,
     AdaptiveServingChat,
     AdaptiveServingCompletion,
     AdaptiveServingResponses,
 )
 from server.head_routes import HEADS_PATH
-from server.metrics import AdaptiveMetrics, CountedHistogram
-from server.plugin import AdaptiveEndpoints, require_engine_side, spare_the_loop
+from server.metrics import AdaptiveMetrics
+from server.plugin import AdaptiveEndpoints, require_engine_side
 from server.protocol import (
     AdaptiveChatCompletionRequest,
     AdaptiveCompletionRequest,
     AdaptiveFields,
     AdaptiveResponsesRequest,
 )
-from server.report import PromptReport, Report
+from server.report import Report
 from server.routes import CHAT_PATH, COMPLETION_PATH, MODELS_PATH, RESPONSES_PATH
-from server.stream import _CHOICE, _FINISHED
-from tests.contract.helpers import assert_in_order, assert_parameters, source
+from server.stream import _CHOICE, _FINISHED, _TOKENS_KEY
+from tests.contract.helpers import assert_in_order, assert_parameters, parse, source
 
 HANDLERS = [OpenAIServingChat, OpenAIServingCompletion, OpenAIServingResponses]
 PATHS = {
@@ -260,29 +257,6 @@ def test_handlers_pass_prompt_and_parameters_in_the_order_of_the_proxy(handler):
     assert_parameters(EngineProxy.generate, "self", "prompt", "sampling_params")
 
 
-def test_vllm_generates_as_the_proxy_does():
-    """For adaptive requests the proxy stands in for `generate`; another would end otherwise."""
-    assert_in_order(
-        AsyncLLM.generate,
-        "q = await self.add_request( request_id, prompt, sampling_params,",
-        "while not finished:",
-        "out = q.get_nowait() or await q.get()",
-        "finished = out.finished",
-        "yield out",
-        "except (asyncio.CancelledError, GeneratorExit):",
-        "await self.abort(q.request_id, internal=True)",
-        "if self.log_requests:",
-        "except EngineDeadError:",
-        "except (VLLMClientError, GracefulHTTPError) as e:",
-        "except Exception as e:",
-        "await self.abort(q.request_id, internal=True)",
-        "raise EngineGenerateError() from e",
-        "q.close()",
-    )
-    names = inspect.signature(AsyncLLM.generate).parameters.keys() - {"sampling_params"}
-    assert names <= inspect.signature(AsyncLLM.add_request).parameters.keys()
-
-
 def test_names_that_the_routes_take_from_vllms_modules():
     for module, names in (
         (chat, ("router", "create_chat_completion")),
@@ -363,41 +337,33 @@ def test_an_ordinary_request_is_converted_as_vllm_would(model, body):
 
 
 @pytest.mark.parametrize(("model", "body"), BODIES)
-def test_an_adaptive_request_travels_at_temperature_1_with_its_report(model, body, report):
+def test_an_adaptive_request_travels_at_temperature_1_with_its_options(model, body, report):
     request = model(model="m", temperature="adaptive", **body)
     request.begin_report(report)
     params = convert(request)
     assert params.temperature == 1.0, "and not the default of the model"
-    prompt_report = params.extra_args[EXTRA_ARGS_KEY]
-    assert isinstance(prompt_report, PromptReport)
-    # Otherwise the report would be copied deeply, and what it learns would be lost.
-    assert params.skip_clone
-    assert params.clone().extra_args[EXTRA_ARGS_KEY] is prompt_report
+    assert Options.from_extra_args(params.extra_args) == report.options
+    assert Options.from_extra_args(params.clone().extra_args) == report.options
 
 
-async def test_the_engine_gets_plain_options_and_the_handler_keeps_the_report(report):
-    seen = []
-
-    class Client:
-        renderer = "renderer"
-        log_requests = False
-
-        async def add_request(self, request_id, prompt, params):
-            seen.append(params)
-            raise EngineDeadError
-
-    params = SamplingParams(extra_args={EXTRA_ARGS_KEY: report.begin_prompt(), "kv": 1})
-    proxy = EngineProxy(Client())
-    with pytest.raises(EngineDeadError):
-        await anext(proxy.generate("x", params, "id"))
-    (engine_params,) = seen
-    assert Options.from_extra_args(engine_params.extra_args) == report.options
-    assert engine_params.extra_args["kv"] == 1 and engine_params is not params
-    assert isinstance(params.extra_args[EXTRA_ARGS_KEY], PromptReport)
-    assert proxy.renderer == "renderer"
-    assert copy.copy(params) == params
-    # What the engine gets is cloned only behind the proxy.
-    assert "params.clone()" in source(InputProcessor)
+def test_a_handler_generates_a_prompt_with_the_parameters_that_the_request_made():
+    """By them the proxy knows a request's own prompts; the task's context says which request."""
+    for handler, method in (
+        (OpenAIServingChat, "_create_chat_completion"),
+        (OpenAIServingCompletion, "_create_completion"),
+        (OpenAIServingResponses, "_create_responses"),
+    ):
+        assert_in_order(
+            getattr(handler, method, None) or getattr(handler, method[1:]),
+            "sampling_params = request.to_sampling_params(",
+            "sampling_params",
+        )
+    for handler in HANDLERS:
+        assert "self.engine_client.generate(" in source(handler)
+    # One prompt of a chat and of a response, which tools may continue.
+    assert "assert len(generators) == 1".replace(" ", "") in source(OpenAIServingChat)
+    assert "assert len(generators) == 1".replace(" ", "") in source(OpenAIServingResponses)
+    assert "asyncio.create_task(self._run_background_request(" in source(OpenAIServingResponses)
 
 
 def test_xargs_cannot_carry_options(report):
@@ -454,12 +420,12 @@ def test_events_take_a_field_of_ours():
 )
 def test_chunks_are_compact_json_with_the_index_of_their_choice_first(model, content):
     """A choice is found by the text that begins it, its end by that of its `finish_reason`."""
-    choice = content | {"finish_reason": "stop", "index": 12}
+    choice = content | {"finish_reason": "stop", "index": 12, "token_ids": None}
     name = '"choices":[{"index":8,'
     line = model.model_validate({"model": name, "choices": [choice]}).model_dump_json(
         exclude_unset=True
     )
-    assert _FINISHED in line
+    assert _FINISHED in line and _TOKENS_KEY in line
     assert [found[1] for found in _CHOICE.finditer(line)] == ["12"]
     no_choice = model.model_validate({"model": name, "choices": []})
     assert not _CHOICE.search(no_choice.model_dump_json(exclude_unset=True))
@@ -470,54 +436,51 @@ def test_chunks_are_compact_json_with_the_index_of_their_choice_first(model, con
         assert ("chunk.model_dump_json(exclude_unset=True)" in source(handler)) == is_text
 
 
-# What vLLM's generators of chunks look at: whether two chunks differ in more than their text.
-STREAM_REQUEST = {"echo", "logprob_token_ids", "logprobs", "n", "return_token_ids"}
-STREAM_REQUEST |= {"return_tokens_as_token_ids", "stream_options"}
-STREAM_SELF = {"_convert_generation_error_to_streaming_response", "_raise_if_error"}
-STREAM_SELF |= {"create_streaming_error_response", "enable_force_include_usage"}
-STREAM_SELF |= {"enable_per_request_metrics", "enable_prompt_tokens_details", "system_fingerprint"}
-STREAM_OUTPUT = {"finish_reason", "index", "logprobs", "stop_reason", "text", "token_ids"}
-CHAT_REQUEST = {"include_reasoning", "return_prompt_text", "tool_choice", "top_logprobs"}
-CHAT_SELF = {"_create_chat_logprobs", "_include_reasoning_tokens_details", "_make_parser"}
-CHAT_SELF |= {"enable_log_deltas", "enable_log_outputs", "get_chat_request_role", "parser_cls"}
-CHAT_SELF |= {"request_logger"}
-COMPLETION_SELF = {"_create_completion_logprobs", "_extract_prompt_text"}
+def test_a_chat_stream_is_one_method_that_we_override():
+    """From 0.33 on, the one that makes chunks as objects, around which vLLM serialises them."""
+    name = "chat_completion_stream_generator"
+    if HAS_CHUNK_OBJECTS:
+        assert f"self.{name}_raw(" in source(getattr(OpenAIServingChat, name))
+        name += "_raw"
+    assert name in vars(AdaptiveServingChat)
+    assert_parameters(getattr(OpenAIServingChat, name), "self", "request", "result_generator")
+    choice = ChatCompletionResponseStreamChoice(index=0, delta=DeltaMessage(), token_ids=None)
+    choice.adaptive = {"temperatures": [0.5]}
+    line = choice.model_dump_json(exclude_unset=True)
+    assert '"adaptive":{"temperatures":[0.5]}' in line
 
 
 @pytest.mark.parametrize(
-    ("method", "first", "request_fields", "self_fields"),
+    "method",
     [
-        (
-            OpenAIServingChat.chat_completion_stream_generator,
-            ("self", "request", "result_generator"),
-            STREAM_REQUEST | CHAT_REQUEST,
-            STREAM_SELF | CHAT_SELF,
-        ),
-        (
-            OpenAIServingCompletion.completion_stream_generator,
-            ("self", "request", "engine_inputs", "result_generator"),
-            STREAM_REQUEST | {"max_tokens"},
-            STREAM_SELF | COMPLETION_SELF,
-        ),
+        getattr(OpenAIServingChat, "chat_completion_stream_generator_raw", None)
+        or OpenAIServingChat.chat_completion_stream_generator,
+        OpenAIServingCompletion.completion_stream_generator,
     ],
+    ids=lambda method: method.__name__,
 )
-def test_chunks_depend_on_nothing_that_a_plain_stream_has_not_ruled_out(
-    method, first, request_fields, self_fields
-):
-    """That they are the same is tested in `tests/server/test_text_stream.py`; that nothing new has
-    come which is not tested there, here."""
-    assert_parameters(method, *first)
-    assert list(inspect.signature(should_include_usage).parameters) == [
-        "stream_options",
-        "enable_force_include_usage",
-    ]
+def test_vllm_asks_for_an_output_when_the_chunks_of_the_one_before_are_made(method):
+    """What it has been given before a chunk is what that chunk or an earlier one contains; and
+    chunks of tokens have `token_ids`, which those before them have not."""
+    assert_in_order(method, "in result_generator:", "for output in res.outputs:", "yield")
+    (loop,) = [node for node in ast.walk(parse(method)) if isinstance(node, ast.AsyncFor)]
+    calls = [node for node in ast.walk(loop) if isinstance(node, ast.Call)]
+    made = {
+        frozenset(keyword.arg for keyword in call.keywords)
+        for call in calls
+        if isinstance(call.func, ast.Name) and call.func.id.endswith("ResponseStreamChoice")
+    }
+    is_chat = "chat" in method.__name__
+    assert sum("token_ids" in fields for fields in made) == (2 if is_chat else 1)
+    assert sum("token_ids" not in fields for fields in made) == (1 if is_chat else 0)
 
-    def find_fields(name: str) -> set[str]:
-        return set(re.findall(rf"\b{name}\.(\w+)", inspect.getsource(method)))
 
-    assert find_fields("request") == request_fields
-    assert find_fields("self") == self_fields
-    assert find_fields("output") == STREAM_OUTPUT
+def test_one_prompt_is_not_read_ahead_and_several_are():
+    """Which is why the tokens of several are counted behind the merging."""
+    assert_in_order(
+        merge_async_iterators, "if len(iterators) == 1:", "async for item in", "yield 0, item"
+    )
+    assert_in_order(merge_async_iterators, "loop.create_task(anext(it))] = pair", "yield i, item")
 
 
 # --- the command line ---------------------------------------------------------------------------
@@ -543,36 +506,6 @@ def test_the_environment_variables_exist():
     """vLLM ignores one that it does not know."""
     names = ("VLLM_PLUGINS", "VLLM_USE_RUST_FRONTEND", "VLLM_USE_V2_MODEL_RUNNER")
     assert set(names) <= envs.environment_variables.keys()
-
-
-def test_the_environment_is_read_no_more_once_the_server_is_up(monkeypatch):
-    """As in the engine; what the API process asks of it at every token is then a dictionary's."""
-    assert_in_order(EngineCore.__init__, "self.model_executor = ", "enable_envs_cache()")
-    assert "envs.VLLM_COMPUTE_NANS_IN_LOGITS" in source(IterationStats.update_from_output)
-    assert_in_order(AdaptiveEndpoints.init_state, "extend_handler(", "spare_the_loop()")
-    thresholds = gc.get_threshold()
-    spare_the_loop()
-    try:
-        monkeypatch.setenv("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
-        assert not envs.VLLM_COMPUTE_NANS_IN_LOGITS
-    finally:
-        envs.disable_envs_cache()
-        gc.set_threshold(*thresholds)
-    assert envs.VLLM_COMPUTE_NANS_IN_LOGITS
-
-
-@pytest.mark.parametrize(
-    ("before", "after"), [((700, 10, 10), (5_000, 10, 10)), ((0, 5, 5), (0, 5, 5))]
-)
-def test_the_collector_comes_more_seldom_where_somebody_has_not_settled_it(before, after):
-    thresholds = gc.get_threshold()
-    gc.set_threshold(*before)
-    try:
-        spare_the_loop()
-        assert gc.get_threshold() == after
-    finally:
-        gc.set_threshold(*thresholds)
-        envs.disable_envs_cache()
 
 
 # --- prometheus-client --------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_head import AdaptiveHead, HeadConfig, load_head
 from adaptive_head.embedded_model import prepare
+from server.report import set_current_report
 from tests.heads import save_strong_head
 
 HERE = Path(__file__).parent
@@ -141,6 +142,12 @@ def running(command: list[str], log: Path, **environment: str) -> Iterator[Serve
         yield server
     finally:
         server.kill()
+
+
+@pytest.fixture(autouse=True)
+def _no_current_report() -> None:
+    """Each test begins as a request does; one without a loop shares its context with the others."""
+    set_current_report(None)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Stand-ins for what the front end meets in vLLM's API process, so that no engine is needed."""
 
-from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 
 from prometheus_client import CollectorRegistry
@@ -59,12 +58,21 @@ def make_http_request(state: AdaptiveState) -> SimpleNamespace:
     return SimpleNamespace(app=app)
 
 
-def make_report(adaptive=None, num_choices=1, registry=None) -> Report:
+def make_report(
+    adaptive=None, num_choices=1, registry=None, takes_many_prompts=False, head=None
+) -> Report:
     """A report as admission makes it for this `adaptive` object."""
     request = parse_request(adaptive or {})
     options = resolve_options(request, HEADS, "tok", lambda marker: [7])
     metrics = AdaptiveMetrics(MODEL, HEADS, registry or CollectorRegistry())
-    return Report(options, request.report, num_choices, metrics)
+    return Report(
+        options,
+        request.report,
+        num_choices,
+        metrics,
+        takes_many_prompts=takes_many_prompts,
+        head=head,
+    )
 
 
 def make_mask(micros: list[int], start=0) -> SamplingMask | None:
@@ -112,37 +120,13 @@ def make_output(*completions: tuple, finished=False, prompt="p") -> RequestOutpu
     )
 
 
-class Queue:
-    """vLLM's queue of a request's outputs, which come from a generator."""
-
-    request_id = "internal"
-
-    def __init__(self, outputs: AsyncGenerator[RequestOutput, None]) -> None:
-        self._outputs = outputs
-        self.waiting: RequestOutput | Exception | None = None
-        self.is_closed = False
-
-    def get_nowait(self) -> RequestOutput | None:
-        output, self.waiting = self.waiting, None
-        if isinstance(output, Exception):
-            raise output
-        return output
-
-    async def get(self) -> RequestOutput:
-        return await anext(self._outputs)
-
-    def close(self) -> None:
-        self.is_closed = True
-
-
 def feed(prompt_report: PromptReport, *completions: tuple, finished=False) -> RequestOutput:
-    """Let a report read an output, and the response be built from it."""
+    """Let a report read an output, whose tokens follow those that it has read."""
     output = make_output(*completions, finished=finished)
     for completion in output.outputs:
         start = sum(prompt_report._choices[completion.index].num_tokens.values())
         completion.sampling_mask = make_mask(completion.token_ids, start)
     prompt_report.read(output)
-    list(output.outputs)
     return output
 
 

@@ -3,6 +3,7 @@ from vllm.exceptions import VLLMValidationError
 
 from server.admission import admit
 from server.protocol import AdaptiveChatCompletionRequest, AdaptiveCompletionRequest
+from server.report import current_report
 from tests.server.fakes import ADAPTER, MODEL, make_http_request, make_state
 
 
@@ -122,17 +123,34 @@ def test_beam_search_is_refused_only_for_adaptive_requests():
     assert not try_admit(temperature=0.0, use_beam_search=True)[1]
 
 
-@pytest.mark.parametrize(("fields", "num_choices"), [({}, 1), ({"n": 3}, 3), ({"n": None}, 1)])
+@pytest.mark.parametrize(("fields", "num_choices"), [({}, 1), ({"n": 3}, 3)])
 def test_the_report_has_a_place_for_every_choice_of_every_prompt(fields, num_choices):
-    request = AdaptiveChatCompletionRequest.model_validate(
-        {"messages": [{"role": "user", "content": "hi"}], "temperature": "adaptive"} | fields
-    )
-    admit(request, make_http_request(make_state()))
+    report = try_admit(temperature="adaptive", **fields)[0].report
     for _ in range(2):
-        request.to_sampling_params(16, {})
-    assert request.report[2 * num_choices - 1]
+        report.begin_prompt()
+    assert report[2 * num_choices - 1]
     with pytest.raises(IndexError):
-        request.report[2 * num_choices]
+        report[2 * num_choices]
+
+
+def test_a_chat_without_a_number_of_answers_has_one():
+    body = {"messages": [{"role": "user", "content": "hi"}], "temperature": "adaptive", "n": None}
+    request = AdaptiveChatCompletionRequest.model_validate(body)
+    admit(request, make_http_request(make_state()))
+    request.report.begin_prompt()
+    with pytest.raises(IndexError):
+        request.report[1]
+
+
+def test_an_adaptive_request_is_the_current_one_and_holds_its_head():
+    state = make_state()
+    head = state.heads.by_name["tok"]
+    request, _ = try_admit(state, temperature="adaptive")
+    assert current_report() is request.report
+    assert head.num_holders == 1
+    try_admit(state, adaptive={"policy": "entropy"})
+    refuse(state, adaptive={"head": "tok", "level": "word"})
+    assert head.num_holders == 1
 
 
 @pytest.mark.parametrize("detail", ["none", "summary", "tokens"])

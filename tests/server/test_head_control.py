@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import gc
 from types import SimpleNamespace
 
 import httpx
@@ -21,11 +20,13 @@ from server.head_control import HeadControl
 from server.head_routes import ADMIN_KEY_HEADER, HEADS_PATH, make_head_router
 from server.heads import HeadRegistry
 from server.metrics import AdaptiveMetrics
-from tests.server.fakes import make_state, sample
+from tests.server.fakes import make_report, make_state, sample
 
 KEY = "open sesame"
 FINGERPRINT = "0123456789abcdef"
 HIDDEN_SIZE = 8
+# Between two looks whether a head is free.
+INTERVAL_S = 0.02
 
 
 class Worker:
@@ -87,6 +88,7 @@ def save(folder):
 def setup(monkeypatch, save, folder):
     """The application, its engines and its metrics; heads `a` (the default) and `b` are loaded."""
     monkeypatch.setattr("adaptive_head.vllm.heads.fingerprint_served", lambda _: FINGERPRINT)
+    monkeypatch.setattr("server.head_control.RELEASE_INTERVAL_S", INTERVAL_S)
     monkeypatch.setattr("adaptive_head.vllm.heads.gather_states", lambda state: [state])
     model_config = SimpleNamespace(get_hidden_size=lambda: HIDDEN_SIZE, model="tiny")
     config = SimpleNamespace(model_config=model_config, additional_config={})
@@ -129,6 +131,12 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+async def wait_until(condition) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(INTERVAL_S)
+
+
 def choose(registry, **adaptive):
     request = parse_request(adaptive)
     options = resolve_options(request, registry.by_name, registry.default)
@@ -156,50 +164,46 @@ async def test_a_head_is_loaded_by_every_worker_and_then_served(setup, save):
     assert [head["id"] for head in listed] == ["a", "b", "c"]
 
 
-async def test_a_replaced_head_stays_in_the_workers_until_its_last_request_has_ended(setup, save):
-    server = await setup()
-    save("a-2", seed=1)
-    _, held = choose(server.registry)
-    response = await server.send("POST", body={"name": "a", "folder": "a-2"})
-    assert response.json()["generation"] == 1 and response.json()["default"]
-    await settle()
-    assert server.engines.loaded == [{("a", 0), ("a", 1), ("b", 0)}] * 4
-    assert choose(server.registry)[0].generation == 1
-    del held
-    await settle()
-    assert server.engines.loaded == [{("a", 1), ("b", 0)}] * 4
-    assert sample(server.metrics, "adaptive_head_info", head="a") == 1
-
-
 @pytest.mark.parametrize("is_replaced", [True, False], ids=["replaced", "removed"])
-async def test_a_request_in_a_cycle_does_not_keep_its_head(setup, save, monkeypatch, is_replaced):
-    """As that of a stream whose client has left."""
-    monkeypatch.setattr("server.head_control.COLLECT_INTERVAL_S", 0.05)
-    gc.disable()
-    try:
-        server = await setup()
-        save("b-2", seed=1)
-        holder = [choose(server.registry, head="b")[1]]
-        holder.append(holder)
-        if is_replaced:
-            await server.send("POST", body={"name": "b", "folder": "b-2"})
-        else:
-            await server.send("DELETE", "/b")
-        del holder
-        await settle()
-        assert ("b", 0) in server.engines.loaded[0]
-        async with asyncio.timeout(10):
-            while ("b", 0) in set().union(*server.engines.loaded):
-                await asyncio.sleep(0.05)
-    finally:
-        gc.enable()
+async def test_a_head_stays_in_the_workers_until_its_last_request_is_over(setup, save, is_replaced):
+    server = await setup()
+    save("b-2", seed=1)
+    _, head = choose(server.registry, head="b")
+    first, second = (make_report(head=head) for _ in range(2))
+    first.hold()
+    second.hold()
+    if is_replaced:
+        response = await server.send("POST", body={"name": "b", "folder": "b-2"})
+        assert response.json()["generation"] == 1
+        assert choose(server.registry, head="b")[0].generation == 1
+    else:
+        assert (await server.send("DELETE", "/b")).json()["deleted"]
+    first.release()
+    await asyncio.sleep(5 * INTERVAL_S)
+    assert all(("b", 0) in loaded for loaded in server.engines.loaded)
+    second.release()
+    rest = {("a", 0), ("b", 1)} if is_replaced else {("a", 0)}
+    await wait_until(lambda: server.engines.loaded == [rest] * 4)
+    assert sample(server.metrics, "adaptive_head_info", head="b") == is_replaced
+
+
+async def test_a_head_that_is_held_again_a_moment_later_stays(setup):
+    """As that of a background response, whose route has let go before it begins."""
+    server = await setup()
+    report = make_report(head=choose(server.registry, head="b")[1])
+    report.hold()
+    await server.send("DELETE", "/b")
+    report.release()
+    await settle()
+    report.hold()
+    await asyncio.sleep(5 * INTERVAL_S)
+    assert ("b", 0) in server.engines.loaded[0]
 
 
 async def test_a_removed_head_leaves_the_workers(setup):
     server = await setup()
     assert (await server.send("DELETE", "/b")).json()["deleted"]
-    await settle()
-    assert server.engines.loaded == [{("a", 0)}] * 4
+    await wait_until(lambda: server.engines.loaded == [{("a", 0)}] * 4)
     assert sample(server.metrics, "adaptive_head_info") == 1
     assert (await server.send("DELETE", "/b")).status_code == 404
 
@@ -443,9 +447,8 @@ async def test_changes_at_once_come_one_after_the_other(setup, save):
     bodies = [{"name": "a", "folder": f"c{number}"} for number in range(5)]
     responses = await asyncio.gather(*[server.send("POST", body=body) for body in bodies])
     assert sorted(response.json()["generation"] for response in responses) == [1, 2, 3, 4, 5]
-    await settle()
     last = server.registry.by_name["a"].generation
-    assert server.engines.loaded == [{("a", last), ("b", 0)}] * 4
+    await wait_until(lambda: server.engines.loaded == [{("a", last), ("b", 0)}] * 4)
 
 
 async def test_the_first_head_of_a_server_without_heads_is_its_default(setup, save):

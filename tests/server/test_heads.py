@@ -1,4 +1,3 @@
-import gc
 from collections import Counter
 
 import pytest
@@ -83,45 +82,3 @@ def test_a_canary_of_a_canary_is_not_asked():
     registry.set_canary("b", Canary("c", 100))
     assert choose(registry)[0].name == "b"
     assert registry.find_canaries("b").keys() == {"a", "b"}
-
-
-@pytest.fixture
-def released():
-    return []
-
-
-@pytest.fixture
-def registry(released):
-    registry = make_registry()
-    registry.release = lambda name, generation: released.append((name, generation))
-    return registry
-
-
-def test_a_replaced_head_is_released_when_its_last_request_ends(registry, released):
-    _, first = choose(registry)
-    _, second = choose(registry)
-    registry.put("a", 1, TOKEN)
-    assert released == []
-    del first
-    assert released == []
-    del second
-    assert released == [("a", 0)]
-    registry.put("a", 2, TOKEN)
-    assert released == [("a", 0), ("a", 1)]
-
-
-def test_a_removed_head_is_released(registry, released):
-    _, head = choose(registry, head="b")
-    registry.remove("b")
-    assert "b" not in registry.by_name and released == []
-    del head
-    assert released == [("b", 0)]
-
-
-def test_a_cycle_delays_the_release_until_it_is_collected(registry, released):
-    holder = [choose(registry, head="b")[1]]
-    holder.append(holder)
-    registry.remove("b")
-    del holder
-    gc.collect()
-    assert released == [("b", 0)]

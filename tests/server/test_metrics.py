@@ -9,7 +9,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_head.options import parse_request, resolve_options
-from server.metrics import DEFAULT_BUCKETS, AdaptiveMetrics, CountedHistogram, merge_buckets
+from server.counted_histogram import CountedHistogram
+from server.metrics import DEFAULT_BUCKETS, AdaptiveMetrics, merge_buckets
 from tests.server.fakes import HEADS, describe_head, sample
 
 BUCKETS = (0.0, 0.5, 1.0)
@@ -69,6 +70,7 @@ def test_prometheus_client_still_has_the_private_fields_that_are_used():
         value.inc(2)
         assert value.get() == 2
     child._raise_if_not_observable()
+    assert histogram._kwargs["buckets"] == BUCKETS
 
 
 def test_buckets_are_the_temperatures_of_all_heads():

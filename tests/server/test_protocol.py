@@ -12,7 +12,6 @@ from server.protocol import (
     AdaptiveCompletionRequest,
     AdaptiveResponsesRequest,
 )
-from server.report import PromptReport
 from tests.server.fakes import make_report
 
 CHAT = (
@@ -175,16 +174,19 @@ def test_an_adaptive_request_is_sampled_at_one_whatever_the_servers_default(kind
     assert (params.temperature, params.top_k) == (1.0, 5)
 
 
-def test_an_adaptive_request_carries_a_report_for_each_prompt_beside_other_xargs(kinds):
+def test_an_adaptive_request_carries_its_options_beside_other_xargs(kinds):
     request = parse(kinds, temperature="adaptive", vllm_xargs={"other": 1})
     report = make_report()
     request.begin_report(report)
-    first, second = (to_params(request).extra_args for _ in range(2))
-    assert first["other"] == 1
-    assert isinstance(first[EXTRA_ARGS_KEY], PromptReport)
-    assert first[EXTRA_ARGS_KEY] is not second[EXTRA_ARGS_KEY]
+    extra_args = to_params(request).extra_args
+    assert extra_args == {"other": 1} | report.options.to_extra_args()
+    assert type(extra_args[EXTRA_ARGS_KEY]) is dict
     assert request.vllm_xargs == {"other": 1}
-    assert report[0] is not report[1]
+
+
+def test_only_completions_take_many_prompts(kinds):
+    request = parse(kinds)
+    assert request.takes_many_prompts == isinstance(request, CompletionRequest)
 
 
 def test_a_request_says_nothing_of_its_report_when_dumped(kinds):

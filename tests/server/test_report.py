@@ -2,7 +2,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 from vllm.outputs import SamplingMask
 
-from tests.server.fakes import feed, make_output, make_report, sample
+from server.heads import ServedHead
+from tests.server.fakes import describe_head, feed, make_output, make_report, sample
 
 ENTROPY = {"policy": "entropy"}
 
@@ -74,7 +75,7 @@ def test_the_histogram_is_in_order_of_temperature():
 
 
 def test_choices_are_numbered_through_the_prompts_of_a_request():
-    report = make_report({"report": "tokens"}, num_choices=2)
+    report = make_report({"report": "tokens"}, num_choices=2, takes_many_prompts=True)
     first, second = report.begin_prompt(), report.begin_prompt()
     feed(second, (1, [0.7], None))
     feed(first, (0, [0.0], None), (1, [0.3], None))
@@ -108,72 +109,53 @@ def test_a_temperature_without_a_token_is_a_bug_that_shows():
         report.flush()
 
 
-def test_the_first_chunk_of_a_chat_comes_before_its_first_token():
-    """It names the role, and is sent when the first output is there, before that is used."""
+def test_tokens_are_reported_once_they_have_been_read():
     report = make_report({"report": "tokens"})
     prompt_report = report.begin_prompt()
-    for _ in range(2):
-        prompt_report.begin()
-        first = make_output((0, [0.3, 0.7], None))
-        prompt_report.read(first)
-        assert report[0].take_ready() == []
-        list(first.outputs)
-        assert report[0].take_ready() == [0.3, 0.7]
+    feed(prompt_report, (0, [0.3, 0.7], None))
+    feed(prompt_report, (0, [0.7], None))
+    assert report[0].take_ready() == [0.3, 0.7, 0.7]
+    assert report[0].take_ready() == []
+    feed(prompt_report, (0, [0.7, 0.7], None))
+    assert report[0].take_ready() == [0.7, 0.7]
 
 
-def test_further_tokens_of_a_single_prompt_can_be_reported_at_once():
-    report = make_report({"report": "tokens"})
+async def test_of_several_prompts_tokens_are_reported_once_vllm_has_them():
+    """Its merging of prompts reads ahead."""
+    report = make_report({"report": "tokens"}, num_choices=2, takes_many_prompts=True)
+    report.begin_prompt()
     prompt_report = report.begin_prompt()
-    feed(prompt_report, (0, [0.3], None))
-    prompt_report.read(make_output((0, [0.7], None, 1)))
-    assert report[0].take_ready() == [0.3, 0.7]
+    steps = [[0.3, 0.7], [0.7], [], [0.7, 1.0]]
+    outputs = [feed(prompt_report, (1, temperatures, None)) for temperatures in steps]
+
+    async def merge():
+        for output in outputs:
+            yield 1, output
+
+    given = [(place, report[3].take_ready()) async for place, _ in report.follow(merge())]
+    assert given == [(1, temperatures) for temperatures in steps]
+    assert report[0].num_given is None, "of which nothing has come"
 
 
-def begin_two_prompts():
-    """A report of two prompts, whose outputs vLLM merges, and the first one's own."""
-    report = make_report({"report": "tokens"})
-    first, _ = report.begin_prompt(), report.begin_prompt()
-    return report, first
+def test_a_chat_has_one_prompt_and_completions_have_many():
+    chat, completions = make_report(), make_report(takes_many_prompts=True)
+    assert chat.begin_prompt() is chat.begin_prompt()
+    assert completions.begin_prompt() is not completions.begin_prompt()
+    assert completions[0] is not completions[1]
 
 
-def test_tokens_can_be_reported_once_a_response_is_built_from_them():
-    report, prompt_report = begin_two_prompts()
-    output = make_output((0, [0.3, 0.7], None))
-    prompt_report.read(output)
-    assert report[0].take_ready() == []
-    list(output.outputs)
-    assert report[0].take_ready() == [0.3, 0.7]
-    assert report[0].take_ready() == []
-
-
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda outputs: outputs[0],
-        lambda outputs: outputs[-1],
-        lambda outputs: outputs[:],
-        lambda outputs: next(iter(outputs)),
-        lambda outputs: [item for _ in range(3) for item in outputs],
-    ],
-)
-def test_however_an_output_is_used_its_tokens_count_once(use):
-    report, prompt_report = begin_two_prompts()
-    output = make_output((0, [0.3, 0.7], None))
-    prompt_report.read(output)
-    use(output.outputs)
-    assert report[0].take_ready() == [0.3, 0.7]
-
-
-def test_an_output_that_is_read_ahead_is_not_reported_early():
-    report, prompt_report = begin_two_prompts()
-    first = make_output((0, [0.3], None))
-    second = make_output((0, [0.7], "stop", 1), finished=True)
-    prompt_report.read(first)
-    prompt_report.read(second)
-    list(first.outputs)
-    assert report[0].take_ready() == [0.3]
-    list(second.outputs)
-    assert report[0].take_ready() == [0.7]
+def test_a_head_is_held_until_its_last_holder_lets_go():
+    head = ServedHead("tok", 0, describe_head())
+    report = make_report(head=head)
+    report.hold()
+    with report.held():
+        assert head.num_holders == 2
+        report.release()
+        assert head.num_holders == 1
+    assert head.num_holders == 0
+    with pytest.raises(ZeroDivisionError), report.held():
+        _ = 1 / 0
+    assert head.num_holders == 0
 
 
 def test_tokens_are_counted_in_batches_and_at_the_end():
@@ -216,7 +198,7 @@ def test_answers_are_counted_once_each_at_their_mean():
 
 def test_prompts_are_counted_when_the_engine_gets_them():
     registry = CollectorRegistry()
-    report = make_report(ENTROPY, num_choices=2, registry=registry)
+    report = make_report(ENTROPY, num_choices=2, registry=registry, takes_many_prompts=True)
     for _ in range(2):
         report.begin_prompt().begin()
     assert sample(registry, "adaptive_requests_total", policy="entropy", head="entropy") == 2

@@ -98,7 +98,7 @@ async def test_an_ordinary_request_is_one_line(serve):
 
 async def test_an_adaptive_request_says_its_temperatures(serve):
     async def answer(request):
-        report = make_report({"report": "tokens"}, num_choices=2)
+        report = make_report({"report": "tokens"}, num_choices=2, takes_many_prompts=True)
         for prompt_report in (report.begin_prompt(), report.begin_prompt()):
             current_record().begin(prompt_report)
             current_record().begin(prompt_report)

@@ -1,19 +1,13 @@
 import asyncio
 import json
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
-from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
-from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
-from vllm.sampling_params import SamplingParams
-from vllm.utils.async_utils import merge_async_iterators
 
-from adaptive_head.options import EXTRA_ARGS_KEY
-from server.engine_proxy import EngineProxy
-from server.protocol import AdaptiveCompletionRequest
-from server.stream import ChunkWriter, end_with_error, write_chunks, write_events
-from tests.server.fakes import Queue, feed, make_output, make_report
+from server.stream import ChunkWriter, write_chunks, write_events
+from tests.server.fakes import feed, make_report
 
 
 async def stream(items):
@@ -22,7 +16,7 @@ async def stream(items):
 
 
 async def write(report, *chunks, show_tokens=True) -> list[str]:
-    written = write_chunks(stream(chunks), ChunkWriter(report, show_tokens))
+    written = write_chunks(stream(chunks), ChunkWriter(report, show_tokens).write_text)
     return [chunk async for chunk in written]
 
 
@@ -31,7 +25,8 @@ def to_event(content: dict) -> str:
 
 
 def chunk_of(index=0, finish_reason=None, text="x", **fields) -> str:
-    choice = {"index": index, "text": text, "finish_reason": finish_reason, **fields}
+    choice = {"index": index, "text": text, "finish_reason": finish_reason, "token_ids": None}
+    choice |= fields
     return to_event({"id": "c", "choices": [choice]})
 
 
@@ -46,18 +41,20 @@ def adaptive_of(event: str) -> dict | None:
 
 
 ROLE = to_event({"choices": [{"index": 0, "delta": {"role": "assistant"}, "finish_reason": None}]})
+ECHO = to_event({"choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None}]})
 USAGE = to_event({"choices": [], "usage": {"completion_tokens": 3}})
 ERROR = to_event({"error": {"message": "boom", "code": 500}})
 COMMENTS = [": keep-alive\n\n", ': "finish_reason":"x"\n\n']
-FOREIGN = [ROLE, USAGE, ERROR, *COMMENTS, "data: [DONE]\n\n"]
+FOREIGN = [ROLE, ECHO, USAGE, ERROR, *COMMENTS, "data: [DONE]\n\n"]
 
 
 @pytest.mark.parametrize("show_tokens", [True, False])
 @pytest.mark.parametrize("chunk", FOREIGN)
 async def test_what_holds_no_tokens_passes_byte_for_byte(chunk, show_tokens):
     report = make_report({"report": "tokens"})
-    report.begin_prompt()
+    feed(report.begin_prompt(), (0, [0.3], None))
     assert await write(report, chunk, show_tokens=show_tokens) == [chunk]
+    assert report[0].take_ready() == [0.3]
 
 
 async def test_each_chunk_lists_the_temperatures_of_its_tokens():
@@ -175,7 +172,7 @@ async def test_events_of_the_responses_api_list_temperatures_on_their_deltas():
     kinds = ["created", "output_text.delta", "reasoning_text.delta", "output_text.done"]
     events = [event(f"response.{kind}", [0.3] * n) for n, kind in enumerate(kinds[:3])]
     events.append(event("response.output_text.done"))
-    shown = [item async for item in write_events(stream(events), report)]
+    shown = [item async for item in write_events(stream(events), report, True, nullcontext())]
     assert [getattr(item, "adaptive", None) for item in shown] == [
         None,
         {"temperatures": [0.3]},
@@ -184,88 +181,14 @@ async def test_events_of_the_responses_api_list_temperatures_on_their_deltas():
     ]
 
 
-class Engine:
-    """Answers two choices a prompt, each token of a temperature of its own, at its own pace."""
-
-    log_requests = False
-
-    def __init__(self, paces):
-        self._paces = iter(paces)
-        self._num_prompts = 0
-
-    async def add_request(self, request_id, prompt, params):
-        return Queue(self._generate())
-
-    async def _generate(self):
-        first = 4 * self._num_prompts
-        self._num_prompts += 1
-        for position, pause in enumerate(next(self._paces)):
-            for _ in range(pause):
-                await asyncio.sleep(0)
-            is_last = position == 3
-            value = (first + position) / 10
-            tokens = [value, value] if position == 1 else [value]
-            finish_reason = "length" if is_last else None
-            # The first choice has had one more from the second output on.
-            num_before = position + (position > 1)
-            yield make_output(
-                (0, tokens, finish_reason, num_before),
-                (1, [value + 0.05], finish_reason, position),
-                finished=is_last,
-            )
-
-
-async def send(chunks):
-    """Chunks as a connection takes them: what else is ready runs before the next one."""
-    async for chunk in chunks:
-        yield chunk
-        for _ in range(4):
-            await asyncio.sleep(0)
-
-
-PACES = [
-    [(0, 0, 0, 0), (0, 0, 0, 0)],
-    [(0, 0, 0, 0), (9, 9, 9, 9)],
-    [(3, 0, 5, 0), (0, 4, 0, 6)],
-    [(20, 0, 0, 0), (0, 0, 0, 0)],
-]
-
-
-@pytest.mark.parametrize("paces", PACES)
-async def test_merged_prompts_keep_each_chunks_own_temperatures(paces):
-    """vLLM's merging of prompts reads one output ahead of the chunk that is being sent."""
-    request = AdaptiveCompletionRequest.model_validate(
-        {"prompt": ["a", "b"], "n": 2, "stream": True, "return_token_ids": True, "max_tokens": 9}
-    )
-    report = make_report({"report": "tokens"}, num_choices=2)
-    proxy = EngineProxy(Engine(paces))
-    outputs = [
-        proxy.generate(p, SamplingParams(extra_args={EXTRA_ARGS_KEY: report.begin_prompt()}), p)
-        for p in request.prompt
-    ]
-    handler = OpenAIServingCompletion.__new__(OpenAIServingCompletion)
-    handler.enable_force_include_usage = handler.enable_prompt_tokens_details = False
-    handler.system_fingerprint = None
-    metadata = RequestResponseMetadata(request_id="r")
-    chunks = handler.completion_stream_generator(
-        request, [], merge_async_iterators(*outputs), "r", 0, "m", 2, None, metadata
-    )
-    *written, done = [
-        c async for c in send(write_chunks(chunks, ChunkWriter(report, show_tokens=True)))
-    ]
-    assert done == "data: [DONE]\n\n"
-    assert len(written) == 16
-    for (choice,) in (read(event)["choices"] for event in written):
-        expected = [token / 1e6 for token in choice["token_ids"]]
-        assert choice["adaptive"]["temperatures"] == expected
-
-
 async def test_a_stream_of_events_that_breaks_says_so():
     async def broken():
         yield SimpleNamespace(type="response.created")
         raise RuntimeError("secret")
 
-    first, last = [event async for event in end_with_error(broken())]
+    first, last = [
+        event async for event in write_events(broken(), make_report(), True, nullcontext())
+    ]
     assert (first.type, last.type, last.sequence_number) == ("response.created", "error", 1)
     assert "RuntimeError" in last.message and "secret" not in last.message
 
@@ -280,7 +203,7 @@ async def test_a_stream_of_events_that_is_left_is_closed():
         finally:
             is_closed.append(True)
 
-    events = end_with_error(endless())
+    events = write_events(endless(), make_report(), False, nullcontext())
     await anext(events)
     await events.aclose()
     await asyncio.sleep(0)
