@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from vllm.config import VllmConfig
 
+from adaptive_head.dtype import choose_dtype
 from adaptive_head.files import git_sha
 from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
 from adaptive_head.vllm.settings import CPU_KV_CACHE_BYTES
@@ -92,6 +93,7 @@ def main(
     num_prompt_tokens = min(batches[-1] * prompt_len, MAX_PREFILL_TOKENS)
     options.setdefault("max_num_batched_tokens", max(num_prompt_tokens, batches[-1], 2048))
     if not torch.cuda.is_available():
+        options.setdefault("dtype", choose_dtype())
         options = {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES} | options
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

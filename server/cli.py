@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from adaptive_head.checkpoint import load_head
+from adaptive_head.dtype import choose_dtype
 from adaptive_head.embedded_model import EMBEDDED_NAME, prepare
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.heads import SHIPPED_HEADS
@@ -44,7 +45,10 @@ SmolLM2-135M-Instruct is prepared once and served with the head that ships.
 """
 EPILOG = """\
 Every option of `vllm serve` is accepted too: `adaptive-serve --help=all` lists them,
-`--help=KEYWORD` those of a section or about a word.
+`--help=KEYWORD` those of a section or about a word. On a CPU, unless given otherwise,
+the model runs in eager mode, with 2 GiB of KV cache, and in the dtype of its weights
+if the processor has instructions for bfloat16 (AVX-512 BF16, AMX, Arm's BF16), else in
+float32.
 
 examples:
   adaptive-serve
@@ -207,10 +211,8 @@ def parse_vllm(vllm_argv: list[str]) -> Namespace:
     parser = make_arg_parser(FlexibleArgumentParser(prog="adaptive-serve"))
     parser.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT_S)
     if current_platform.is_cpu():
-        # Compiling takes minutes on a few cores, and bfloat16 without AVX-512 is emulated.
-        parser.set_defaults(enforce_eager=True)
-        if not has_avx512():
-            parser.set_defaults(dtype="float32")
+        # Compiling takes minutes on a few cores.
+        parser.set_defaults(enforce_eager=True, dtype=choose_dtype(is_on_cpu=True))
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             parser.set_defaults(kv_cache_memory_bytes=CPU_KV_CACHE_BYTES)
     # vLLM's own default must not pass for a model that the user asked for.
@@ -220,13 +222,6 @@ def parse_vllm(vllm_argv: list[str]) -> Namespace:
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     return args
-
-
-def has_avx512() -> bool:
-    """Whether this CPU has fast kernels for bfloat16."""
-    import torch
-
-    return "avx512" in torch.backends.cpu.get_cpu_capability().lower()
 
 
 def name_heads(specifications: list[str]) -> dict[str, Path]:

@@ -19,6 +19,7 @@ import adaptive_head.vllm.kernels  # noqa: F401
 
 del os.environ["TRITON_INTERPRET"]
 
+pytest_plugins = ["tests.leftovers"]
 
 @cache
 def find_vllm_version() -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from adaptive_head.checkpoint import WEIGHTS_FILE, HeadMetadata, read_metadata, save_head
+from adaptive_head.dtype import choose_dtype
 from adaptive_head.head import AdaptiveHead, HeadConfig
 from adaptive_head.lpo.experiment import Experiment, derive_seed, digest
 from adaptive_head.lpo.records import DataError, Prompt, Response
@@ -278,5 +279,6 @@ def make_arm_key(
     models = sorted({head.metadata.base_model.model_dump_json() for head in heads.values()})
     head = heads[arm.head] if arm.head and arm.kind in ("head", "self") else None
     own = [head.weights, head.metadata.temperatures, head.metadata.level] if head else []
-    engine = [experiment.model, models, experiment.engine.dtype, experiment.engine.options]
+    dtype = choose_dtype(experiment.engine.dtype)
+    engine = [experiment.model, models, dtype, experiment.engine.options]
     return digest([experiment.seed, engine, of_tasks, arm.describe(), own])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from adaptive_head.checkpoint import read_metadata
+from adaptive_head.dtype import choose_dtype
 from adaptive_head.lpo.experiment import EngineConfig
 from adaptive_head.lpo.records import FinishReason, Prompt, Response
 from adaptive_head.options import AdaptiveRequest, Head, resolve_options
@@ -160,7 +161,7 @@ def engine_arguments(
     return {
         **on_cpu,
         "model": str(model),
-        "dtype": config.dtype,
+        "dtype": choose_dtype(config.dtype, is_on_cpu=current_platform.is_cpu()),
         "max_num_seqs": config.max_num_seqs,
         "worker_cls": WORKER_CLS,
         "scheduler_cls": SCHEDULER_CLS,

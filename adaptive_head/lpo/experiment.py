@@ -107,6 +107,7 @@ class EngineConfig(_Strict):
         backend: `local` is one engine in this process; `data_parallel` vLLM's own data
             parallelism, of `num_replicas`; `ray` one engine a Ray actor, on one machine or many.
         max_num_seqs: requests that run at once in a replica.
+        dtype: `auto` is the checkpoint's, but float32 on a CPU without instructions for bfloat16.
     """
 
     backend: Literal["local", "data_parallel", "ray"] = "local"

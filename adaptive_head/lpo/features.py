@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
+from adaptive_head.dtype import choose_dtype
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.head import check_temperatures
 from adaptive_head.lpo.feature_file import FeatureFile, Features, RowPlan, load_features
@@ -36,8 +37,8 @@ def compute_features(
 ) -> Features:
     """Run the frozen model over prompts and responses, or find that it has been done.
 
-    The model runs in its checkpoint's dtype, on the GPU if there is one. Rows go to disk as they
-    come, to a file that appears once it is whole; what returns is mapped into memory from there.
+    The model runs as `FrozenModel` describes. Rows go to disk as they come, to a file that appears
+    once it is whole; what returns is mapped into memory from there.
 
     Args:
         model: a folder, `embedded`, or a name on the Hugging Face hub.
@@ -96,6 +97,8 @@ def make_key(
     digest.update(repr((CACHE_VERSION, weights, level, temperatures)).encode())
     if not needs_logprobs:
         digest.update(b"hidden states only")
+    if (dtype := choose_dtype()) != "auto":
+        digest.update(dtype.encode())
     for r in sorted(responses, key=lambda response: response.key):
         digest.update(repr((r.key, r.prompt_token_ids, r.token_ids, r.temperatures)).encode())
     return digest.hexdigest()[:16]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaptive_head.dtype import choose_dtype
 from adaptive_head.language_model import find_language_model
 from adaptive_head.lpo.records import DataError, Response
 
@@ -21,14 +22,15 @@ class FrozenModel:
     So logits can be had for chosen positions and in chunks, and are scaled, capped and biased as
     the model does it, whatever its family.
 
-    It runs in its checkpoint's dtype, on the GPU if there is one.
+    It runs on the GPU if there is one, in the dtype of its checkpoint, or in float32 on a CPU that
+    has no instructions for bfloat16.
 
     Args:
         folder: of the model.
 
     Attributes:
-        unembedding: the output layer's weight [vocab, d], in the checkpoint's dtype, where the
-            model runs.
+        unembedding: the output layer's weight [vocab, d], in the model's dtype, where the model
+            runs.
         hidden_size: d.
     """
 
@@ -36,7 +38,7 @@ class FrozenModel:
         # Imported here: it takes seconds, and a cache needs none of it.
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=choose_dtype()).eval()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.requires_grad_(False).to(self._device)
         self.unembedding: torch.Tensor = model.get_output_embeddings().weight.detach()
@@ -73,7 +75,7 @@ class FrozenModel:
             needs_logprobs: whether to compute them; they are NaN otherwise.
 
         Yields:
-            Each response, its hidden states [tokens, d] in the checkpoint's dtype, from which its
+            Each response, its hidden states [tokens, d] in the model's dtype, from which its
             tokens are predicted, and log P(y_t | tau_k), float32 [tokens, K], both on the CPU.
         """
         # The last token predicts nothing that is asked for.
@@ -105,7 +107,7 @@ class FrozenModel:
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [rows, d], in the checkpoint's dtype -> float32 logits [rows, vocab]."""
+        """Hidden states [rows, d], in the model's dtype -> float32 logits [rows, vocab]."""
         self._given.output.last_hidden_state = hidden.unsqueeze(0).to(self._device)
         positions = torch.zeros(1, len(hidden), dtype=torch.long, device=self._device)
         logits: torch.Tensor = self._model(input_ids=positions, use_cache=False).logits
@@ -135,7 +137,7 @@ class FrozenModel:
 
 
 def read_unembedding(model: Path | str) -> torch.Tensor:
-    """The output layer's weight W [vocab, d], in the checkpoint's dtype, on the CPU.
+    """The output layer's weight W [vocab, d], in the model's dtype, on the CPU.
 
     Raises:
         DataError: the model's logits are not `hidden @ W.T`: it scales or caps them, or adds a

@@ -15,11 +15,12 @@ from adaptive_head.lpo.arms import (
     read_heads,
     save_shuffled_heads,
 )
-from adaptive_head.lpo.experiment import Experiment
+from adaptive_head.lpo.experiment import EngineConfig, Experiment
 from adaptive_head.lpo.records import DataError, Response
 from adaptive_head.options import AdaptiveRequest
 from tests.lpo.evaluation_setup import make_experiment, make_prompts, save_heads
 from tests.lpo.samples import make_response
+from tests.processors import run_on
 
 
 @pytest.fixture
@@ -277,3 +278,22 @@ def test_the_key_of_a_control_depends_on_the_choices_that_it_is_made_of(heads):
     # The same mean of other temperatures: another histogram, the same MeanShift.
     moved = [*answers[:-1], respond("stories/test/0", 0, [0.9, 0.0, 0.0, 0.9])]
     assert [a == b for a, b in zip(make_keys("tok", moved), keys, strict=True)] == [True, False]
+
+
+def test_answers_in_float32_are_not_compared_with_those_in_the_checkpoints_dtype(
+    heads, monkeypatch
+):
+    prompts = make_prompts("test", 3)
+
+    def make_keys(experiment):
+        keys = []
+        for processor in ("Zen 4", "Skylake"):
+            run_on(monkeypatch, processor)
+            keys.append(make_arm_key(experiment, heads, plan_arms(experiment, heads)[0], prompts))
+        return keys
+
+    fast, emulated = make_keys(make_experiment())
+    assert fast != emulated
+    engine = {"engine": EngineConfig(dtype="bfloat16")}
+    fast, emulated = make_keys(make_experiment().model_copy(update=engine))
+    assert fast == emulated

@@ -14,9 +14,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+from vllm.platforms import current_platform
 
 from adaptive_head import HeadConfig
-from adaptive_head.lpo.engine import Engine, Generation, GenerationRequest, open_engine
+from adaptive_head.lpo.engine import (
+    Engine,
+    Generation,
+    GenerationRequest,
+    engine_arguments,
+    open_engine,
+)
 from adaptive_head.lpo.engine_dp import DataParallelEngine
 from adaptive_head.lpo.engine_ray import (
     REQUESTS_AHEAD,
@@ -31,6 +38,7 @@ from adaptive_head.options import AdaptiveRequest
 from tests.engine.conftest import ROOT, TEMPERATURES, find_cause, make_environment
 from tests.engine.tiny_model import HIDDEN_SIZE, make_tiny_model
 from tests.heads import save_strong_head
+from tests.processors import PROCESSORS, WITHOUT_BFLOAT16, run_on
 
 BACKENDS = ("local", "ray", "data_parallel")
 MAX_NUM_SEQS = 4
@@ -357,6 +365,19 @@ def test_an_inbox_ends_for_the_moment_only():
     assert [request.id for request in inbox] == ["prompt/0", "prompt/1"]
     inbox.extend(make_requests(1))
     assert len(list(inbox)) == 1
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="the dtype for CPUs")
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_engines_run_in_float32_without_bfloat16_instructions(processor, monkeypatch):
+    run_on(monkeypatch, processor)
+    default = "float32" if processor in WITHOUT_BFLOAT16 else "auto"
+
+    def find_dtype(**settings) -> str:
+        return engine_arguments("model", EngineConfig(**settings), {})["dtype"]
+
+    assert find_dtype() == default
+    assert find_dtype(dtype="bfloat16") == find_dtype(options={"dtype": "bfloat16"}) == "bfloat16"
 
 
 def make_nodes(kind: str, *counts: int) -> list[dict]:

@@ -25,6 +25,7 @@ from adaptive_head.lpo.frozen_model import FrozenModel, read_unembedding
 from adaptive_head.lpo.records import DataError, Response
 from adaptive_head.options import Level
 from tests.engine.tiny_model import HIDDEN_SIZE, VOCAB_SIZE, make_tiny_model
+from tests.processors import PROCESSORS, WITHOUT_BFLOAT16, run_on
 
 TEMPERATURES = (0.0, 0.3, 1.0, 1.7)
 # bfloat16 has 8 bits: half a unit in the last place is 2^-9.
@@ -279,9 +280,17 @@ def test_logits_are_the_model_s_own_whatever_its_family(tmp_path, kind):
         assert not unembedding.is_inference() and not unembedding.requires_grad
 
 
-def test_model_runs_in_its_checkpoint_s_dtype(tmp_path, model):
-    half = tmp_path / "half"
-    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(half)
+@pytest.fixture
+def half(tmp_path, model):
+    """The model, as a checkpoint in bfloat16."""
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "half"
+    )
+    return tmp_path / "half"
+
+
+def test_model_runs_in_its_checkpoint_s_dtype(tmp_path, model, half, monkeypatch):
+    run_on(monkeypatch, "Sapphire Rapids")
     features = compute(half, tmp_path)
     hidden, _ = refer(half, RESPONSES[4])
     precise, _ = refer(model, RESPONSES[4])
@@ -290,6 +299,30 @@ def test_model_runs_in_its_checkpoint_s_dtype(tmp_path, model):
     error = (found - hidden.float()).abs().mean()
     assert error < 0.3 * (found - precise).abs().mean()
     assert read_unembedding(half).dtype == torch.bfloat16
+
+
+def test_without_bfloat16_instructions_the_model_runs_in_float32(
+    tmp_path, model, half, monkeypatch
+):
+    run_on(monkeypatch, "Cascade Lake")
+    frozen = FrozenModel(half)
+    assert frozen.unembedding.dtype == torch.float32
+    ((_, hidden, _),) = frozen.read([RESPONSES[4]], (0.0, 1.0), True)
+    assert hidden.dtype == torch.float32
+    rounded = AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32)
+    rounded.save_pretrained(tmp_path / "rounded")
+    expected, _ = refer(tmp_path / "rounded", RESPONSES[4])
+    torch.testing.assert_close(hidden, expected, **CLOSE)
+
+
+def test_features_in_float32_are_not_taken_for_the_checkpoints(half, monkeypatch):
+    settings = (half, RESPONSES, "token", (0.0, 1.0))
+    keys = {}
+    for processor in PROCESSORS:
+        run_on(monkeypatch, processor)
+        keys[processor] = make_key(*settings)
+    without = {keys[processor] for processor in WITHOUT_BFLOAT16}
+    assert len(without) == 1 and len(set(keys.values())) == 2
 
 
 def forbid_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

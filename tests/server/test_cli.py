@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 
 from adaptive_head import AdaptiveHead, HeadConfig, load_head, save_head
 from adaptive_head.checkpoint import BaseModelIdentity
+from adaptive_head.dtype import choose_dtype
 from adaptive_head.embedded_model import prepare
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.heads import SHIPPED_HEADS
@@ -20,6 +21,7 @@ from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.settings import read_settings
 from server import cli, shutdown
 from tests.engine.tiny_model import HIDDEN_SIZE, make_tiny_model
+from tests.processors import PROCESSORS, WITHOUT_BFLOAT16, run_on
 
 
 @pytest.fixture(scope="module")
@@ -327,11 +329,23 @@ def test_a_cpu_gets_defaults_that_fit_it_and_the_users_values_win(serve, model, 
     args = serve(model)
     assert args.enforce_eager is True
     assert args.kv_cache_memory_bytes == cli.CPU_KV_CACHE_BYTES
-    assert args.dtype == ("auto" if cli.has_avx512() else "float32")
+    assert args.dtype == choose_dtype()
     args = serve(model, "--no-enforce-eager", "--dtype", "half", "--kv-cache-memory-bytes", 1000)
     assert (args.enforce_eager, args.dtype, args.kv_cache_memory_bytes) == (False, "half", 1000)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
     assert serve(model).kv_cache_memory_bytes is None
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="defaults for CPUs")
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_the_default_dtype_is_float32_without_bfloat16_instructions(
+    processor, serve, model, monkeypatch
+):
+    run_on(monkeypatch, processor)
+    default = "float32" if processor in WITHOUT_BFLOAT16 else "auto"
+    assert serve(model).dtype == default
+    assert serve(model, "--dtype", "bfloat16").dtype == "bfloat16"
+    assert serve(model, "--dtype=auto").dtype == "auto"
 
 
 def test_options_that_begin_like_ours_are_vllms(serve, model):
