@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,11 +13,14 @@ from adaptive_head import AdaptiveHead, HeadConfig, load_head
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from tests.engine.tiny_model import HIDDEN_SIZE, make_tiny_model
 from tests.heads import save_strong_head
+from tests.leftovers import survive
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 INTERPRETED = HERE / "interpreted_triton"
 TEMPERATURES = (0.0, 0.3, 0.7, 1.1, 1.6)
+# A process of engines that takes longer hangs.
+HANG_S = 480
 
 WORKERS = {
     ("v1", "adaptive"): WORKER_CLS,
@@ -58,25 +62,46 @@ class Engines:
     """Runs batches of requests through tiny engines, once for each configuration.
 
     An engine keeps one core busy, so two run at a time: whatever a test will ask for can be begun
-    while another one waits.
+    while another one waits. Engines of a group share a process, which imports vLLM once.
     """
 
     def __init__(self, pool: Executor, model: Path, heads: dict[str, Path], folder: Path) -> None:
         self._pool, self._model, self._heads, self._folder = pool, model, heads, folder
-        self._results: dict[str, Future[dict]] = {}
+        # By configuration: a process's results, and which of them is its own.
+        self._results: dict[str, tuple[Future[list[dict]], int]] = {}
+        self._num_processes = 0
 
-    def begin(self, runner: str, worker: str, batches: list, **engine: object) -> Future[dict]:
-        key = json.dumps([runner, worker, batches, engine])
-        if key not in self._results:
-            config = make_config(self._model, self._heads, runner, worker) | engine
-            scenario = {"engine": config, "batches": batches}
-            result = self._folder / f"{len(self._results)}.json"
-            arguments = "tests.engine.scenario", runner, scenario, result
-            self._results[key] = self._pool.submit(run_module, *arguments)
-        return self._results[key]
+    def begin(self, runner: str, worker: str, *group: tuple[list, dict]) -> None:
+        """Start a process that runs engines one after the other.
+
+        Args:
+            group: the batches of each engine, and its settings.
+        """
+        scenarios = [
+            {
+                "engine": make_config(self._model, self._heads, runner, worker) | engine,
+                "batches": batches,
+            }
+            for batches, engine in group
+        ]
+        result = self._folder / f"{self._num_processes}.json"
+        self._num_processes += 1
+        results = self._pool.submit(run_module, "tests.engine.scenario", runner, scenarios, result)
+        for index, (batches, engine) in enumerate(group):
+            self._results[make_key(runner, worker, batches, engine)] = results, index
 
     def __call__(self, runner: str, worker: str, batches: list, **engine: object) -> dict:
-        return self.begin(runner, worker, batches, **engine).result()
+        key = make_key(runner, worker, batches, engine)
+        if key not in self._results:
+            self.begin(runner, worker, (batches, engine))
+        results, index = self._results[key]
+        result = results.result()[index]
+        assert "error" not in result, find_cause(result["error"])
+        return result
+
+
+def make_key(runner: str, worker: str, batches: list, engine: dict) -> str:
+    return json.dumps([runner, worker, batches, engine])
 
 
 @pytest.fixture(scope="session")
@@ -119,15 +144,19 @@ def make_config(model: Path, heads: dict[str, Path], runner: str, worker: str) -
     return config
 
 
-def run_module(module: str, runner: str, scenario: dict, result: Path) -> dict:
-    """Run a scenario in a process of its own; what it has written."""
+def run_module(module: str, runner: str, scenario: object, result: Path) -> Any:
+    """Run a scenario in a process of its own; what it has written.
+
+    The process may run for a later test than the one that begins it.
+    """
     process = subprocess.run(
         [sys.executable, "-m", module, str(result)],
         input=json.dumps(scenario),
-        env=make_environment(runner),
+        env=survive(make_environment(runner)),
         cwd=ROOT,
         text=True,
         capture_output=True,
+        timeout=HANG_S,
     )
     assert process.returncode == 0, find_cause(process.stderr)
     return json.loads(result.read_text())

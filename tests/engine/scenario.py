@@ -1,25 +1,43 @@
-"""Runs requests through an engine in a process of its own, whose environment is its own too.
+"""Runs requests through engines in a process of its own, whose environment is its own too.
 
-Reads {"engine": {...}, "batches": [[{"prompt": [ids], "params": {...}}]]} from standard input and
-writes to the file named by its argument, a batch at a time, each request's answers. In the place of
-a batch {"load": [name, generation, head]} loads one of the engine's heads again, as `name`, and
+Reads a list of {"engine": {...}, "batches": [[{"prompt": [ids], "params": {...}}]]} from standard
+input, runs one engine after the other, and writes to the file named by its argument, for each of
+them, each request's answers, a batch at a time, or the error that ended it. Instead of a batch
+{"load": [name, generation, head]} loads one of the engine's heads again, as `name`, and
 {"call": [method, arguments]} calls a method of all workers.
 """
 
+import gc
 import json
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from vllm import LLM, SamplingParams, __version__
+from vllm.distributed import cleanup_dist_env_and_memory
 
 from adaptive_head import load_head
 from adaptive_head.vllm import LOADING
 from adaptive_head.vllm.wire import take_decisions
 
 
-def run(scenario: dict) -> dict:
-    llm = LLM(**scenario["engine"])
+def run(scenarios: list[dict]) -> list[dict]:
+    results = []
+    for scenario in scenarios:
+        try:
+            llm = LLM(**scenario["engine"])
+            results.append(ask(llm, scenario))
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+        except Exception:
+            results.append({"error": traceback.format_exc()})
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    return results
+
+
+def ask(llm: LLM, scenario: dict) -> dict:
     answers = []
     for batch in scenario["batches"]:
         if isinstance(batch, dict) and "call" in batch:

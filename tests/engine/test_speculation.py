@@ -68,10 +68,10 @@ def configs(tiny_model, tmp_path_factory) -> dict[str, dict]:
 def begin_all(run_engine, configs, is_whole):
     if not is_whole:
         return
-    for config in configs.values():
-        run_engine.begin("v2", "adaptive", BATCHES, speculative_config=config)
-    ngram = configs["ngram"]
-    run_engine.begin("v2", "adaptive", PREEMPTED, speculative_config=ngram, **PREEMPTING)
+    ngram = {"speculative_config": configs["ngram"]}
+    run_engine.begin("v2", "adaptive", (BATCHES, ngram), (PREEMPTED, ngram | PREEMPTING))
+    drafting = [(BATCHES, {"speculative_config": configs[method]}) for method in METHODS[1:]]
+    run_engine.begin("v2", "adaptive", *drafting)
 
 
 @pytest.mark.parametrize("method", METHODS)
