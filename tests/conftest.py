@@ -19,7 +19,8 @@ import adaptive_head.vllm.kernels  # noqa: F401
 
 del os.environ["TRITON_INTERPRET"]
 
-pytest_plugins = ["tests.leftovers"]
+pytest_plugins = ["tests.leftovers", "tests.background"]
+
 
 @cache
 def find_vllm_version() -> str:

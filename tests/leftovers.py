@@ -6,15 +6,17 @@ the name of the test or of the fixture that started it, and so does everything t
 itself, in whatever session and under whatever parent.
 
 A test's processes end with the test. Those of a fixture of a wider scope end with the session, or
-as soon as the fixture fails. `survive` marks what runs for several tests without such a fixture.
+as soon as the fixture fails, and those of `run` when it returns.
 """
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count
+from typing import Any
 
 import psutil
 import pytest
@@ -33,9 +35,20 @@ _numbers = count()
 _foreign: set[int] = set()
 
 
-def survive(environment: dict[str, str]) -> dict[str, str]:
-    """An environment whose processes end with the session, not with the test that starts them."""
-    return environment | {VARIABLE: f"{SESSION}/session"}
+def run(
+    command: list[str], environment: dict[str, str], timeout: float, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a process for more tests than the one that starts it, from any thread.
+
+    It ends with everything that it has started, after `timeout` seconds at the latest.
+    """
+    owner = f"{SESSION}/run-{next(_numbers)}"
+    environment = environment | {VARIABLE: owner}
+    options = {"capture_output": True, "text": True} | options
+    try:
+        return subprocess.run(command, env=environment, timeout=timeout, **options)
+    finally:
+        end_processes(owner)
 
 
 def pytest_configure() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.bench_engine import ADAPTIVE, ARMS, ORDINARY, Run
 from benchmarks.engine import measure
-from tests.engine.conftest import make_environment
+from tests.engine.engines import make_environment
 
 ROOT = Path(__file__).parent.parent.parent
 

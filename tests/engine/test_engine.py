@@ -11,7 +11,7 @@ import vllm
 
 from adaptive_head.options import AdaptiveRequest, Options, resolve_options
 from adaptive_head.policies import EDT_BASE
-from tests.engine.conftest import TEMPERATURES
+from tests.engine.engines import TEMPERATURES, get_engines
 from tests.engine.tiny_model import VOCAB_SIZE, last_hidden_states
 
 RUNNERS = ("v1", "v2")
@@ -175,17 +175,14 @@ ENGINES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def begin_all(run_engine, is_whole):
+def begin(background):
     """Our engines one after the other, under both runners at a time; stock ones by themselves."""
-    if not is_whole:
-        return
+    engines = get_engines(background)
     for runner in RUNNERS:
-        run_engine.begin(
-            runner, "adaptive", *((BATCHES[name], ENGINES[name]) for name in BATCHES)
-        )
+        group = [(BATCHES[name], ENGINES[name]) for name in BATCHES]
+        engines.begin(runner, "adaptive", *group)
     for runner in RUNNERS:
-        run_engine.begin(runner, "stock", ([ORDINARY], {}))
+        engines.begin(runner, "stock", ([ORDINARY], {}))
 
 
 @pytest.fixture(params=RUNNERS)

@@ -6,7 +6,7 @@ whether that is mended.
 
 import pytest
 
-from tests.engine.conftest import make_config, run_module
+from tests.engine.engines import get_engines
 from tests.engine.test_engine import LATER, POLICIES, adaptive, assert_aligned, model_of, ordinary
 from tests.engine.test_speculation import REPEATING
 
@@ -29,24 +29,58 @@ RECORD = {"call": ["take_record"]}
 LOAD = {"load": ["tok", 1, "seq"]}
 
 
+ASTRAY = [
+    step for alone in (False, True) for step in ({"call": ["lead_astray", alone]}, FEW, RECORD)
+]
+# Two ranks, with n-grams as drafts where a prompt repeats itself.
+TENSOR_PARALLEL = {
+    "tensor_parallel_size": 2,
+    "distributed_executor_backend": "mp",
+    "speculative_config": {
+        "method": "ngram",
+        "num_speculative_tokens": 2,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 3,
+    },
+}
+PIPELINE_PARALLEL = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+RAY = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+TENSOR_BATCHES = [MIXED, RECORD, LOAD, [LATER], RECORD, *ASTRAY]
+PIPELINE_BATCHES = [FEW, RECORD, LOAD, [LATER], {"call": ["remove_head", "tok", 1]}, RECORD]
+RAY_MODULE, REPLICAS_MODULE = "tests.engine.ray_scenario", "tests.engine.replicas"
+
+REPLICATED = EVERY_POLICY + DRAWN[:1]
+# For a head that both data-parallel engines load while they run.
+SPREAD = adaptive(REPEATING[0], max_tokens=NUM_TOKENS, options={"head": "seq"})
+SPREAD["params"]["extra_args"]["adaptive"] |= {"name": "later", "generation": 1}
+
+
+def begin(background):
+    engines = get_engines(background)
+    groups = (TENSOR_BATCHES, TENSOR_PARALLEL), (PIPELINE_BATCHES, PIPELINE_PARALLEL)
+    engines.begin("v2", "ranks", *groups)
+    begin_replicas(engines)
+    begin_ray(engines)
+
+
+def begin_ray(engines):
+    scenario = {"engine": engines.make_config("v2", "ranks") | RAY, "batches": [FEW, RECORD]}
+    engines.begin_module(RAY_MODULE, RAY_MODULE, "v2", [scenario])
+
+
+def begin_replicas(engines):
+    scenario = {
+        "engine": engines.make_config("v1", "adaptive") | {"data_parallel_size": 2},
+        "requests": REPLICATED,
+        "later": SPREAD,
+        "folder": str(engines.heads["seq"]),
+    }
+    engines.begin_module(REPLICAS_MODULE, REPLICAS_MODULE, "v1", scenario)
+
+
 @pytest.fixture(scope="module")
 def tensor_parallel(run_engine):
-    """Two ranks, with n-grams as drafts where a prompt repeats itself."""
-    mended = [{"call": ["lead_astray", False]}, FEW, RECORD]
-    alone = [{"call": ["lead_astray", True]}, FEW, RECORD]
-    return run_engine(
-        "v2",
-        "ranks",
-        [MIXED, RECORD, LOAD, [LATER], RECORD, *mended, *alone],
-        tensor_parallel_size=2,
-        distributed_executor_backend="mp",
-        speculative_config={
-            "method": "ngram",
-            "num_speculative_tokens": 2,
-            "prompt_lookup_min": 1,
-            "prompt_lookup_max": 3,
-        },
-    )
+    return run_engine("v2", "ranks", TENSOR_BATCHES, **TENSOR_PARALLEL)
 
 
 def assert_all_aligned(requests, answers, model_of, networks):
@@ -92,13 +126,7 @@ def test_without_the_broadcast_ranks_sample_different_tokens(tensor_parallel, mo
 
 
 def test_of_pipeline_parallel_ranks_the_last_one_chooses(run_engine, model_of, networks):
-    result = run_engine(
-        "v2",
-        "ranks",
-        [FEW, RECORD, LOAD, [LATER], {"call": ["remove_head", "tok", 1]}, RECORD],
-        pipeline_parallel_size=2,
-        distributed_executor_backend="mp",
-    )
+    result = run_engine("v2", "ranks", PIPELINE_BATCHES, **PIPELINE_PARALLEL)
     few, (first, last), (wrong, right), ((later,),), removed, after = result["answers"]
     assert_all_aligned(FEW, few, model_of, networks)
     assert first == {"steps": [], "chosen": None, "heads": None}
@@ -109,32 +137,23 @@ def test_of_pipeline_parallel_ranks_the_last_one_chooses(run_engine, model_of, n
     assert [record["heads"] for record in after] == [None, [0, 0]]
 
 
-def test_rays_executor_takes_our_worker(tiny_model, heads, tmp_path, model_of, networks):
-    config = make_config(tiny_model, heads, "v2", "ranks") | {
-        "tensor_parallel_size": 2,
-        "distributed_executor_backend": "ray",
-    }
-    scenario = {"engine": config, "batches": [FEW, RECORD]}
-    result = run_module("tests.engine.ray_scenario", "v2", scenario, tmp_path / "result.json")
+def test_rays_executor_takes_our_worker(run_engine, model_of, networks):
+    begin_ray(run_engine)
+    (result,) = run_engine.wait(RAY_MODULE)
     few, ranks = result["answers"]
     assert_all_aligned(FEW, few, model_of, networks)
     assert ranks[0] == ranks[1] and len(ranks[0]["steps"]) >= NUM_TOKENS
 
 
 def test_data_parallel_engines_each_choose_and_all_get_a_head_that_is_loaded_later(
-    tiny_model, heads, tmp_path, model_of, networks
+    run_engine, model_of, networks
 ):
-    requests = EVERY_POLICY + DRAWN[:1]
-    later = adaptive(REPEATING[0], max_tokens=NUM_TOKENS, options={"head": "seq"})
-    options = later["params"]["extra_args"]["adaptive"] | {"name": "later", "generation": 1}
-    later["params"]["extra_args"] = {"adaptive": options}
-    config = make_config(tiny_model, heads, "v1", "adaptive") | {"data_parallel_size": 2}
-    scenario = {"engine": config, "requests": requests, "later": later, "folder": str(heads["seq"])}
-    result = run_module("tests.engine.replicas", "v1", scenario, tmp_path / "result.json")
+    begin_replicas(run_engine)
+    result = run_engine.wait(REPLICAS_MODULE)
     for answers in result["before"]:
-        assert_all_aligned(requests, [[answer] for answer in answers], model_of, networks)
+        assert_all_aligned(REPLICATED, [[answer] for answer in answers], model_of, networks)
     first, second = ([answer["micros"] for answer in answers] for answers in result["before"])
     assert first[-1] == second[-1], "the same seed draws otherwise in another engine"
     assert result["loaded"] == [[["tok", 0], ["seq", 0], ["later", 1]]] * 2
     for (answer,) in result["after"]:
-        assert_aligned(later, answer, model_of, {"later": networks["seq"]})
+        assert_aligned(SPREAD, answer, model_of, {"later": networks["seq"]})

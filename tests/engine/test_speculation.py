@@ -1,7 +1,10 @@
 """Drafts of every kind in a real engine: each token has the temperature of its own place."""
 
+from functools import cache
+
 import pytest
 
+from tests.engine.engines import get_engines
 from tests.engine.test_engine import (
     LOGPROBS,
     POLICIES,
@@ -48,13 +51,14 @@ PREEMPTED = [SEQUENCES, PHASES, LOGPROBS]
 PREEMPTING = {"num_gpu_blocks_override": 11, "logprobs_mode": "processed_logprobs"}
 
 
-@pytest.fixture(scope="module")
-def configs(tiny_model, tmp_path_factory) -> dict[str, dict]:
+@cache
+def make_configs(background) -> dict[str, dict]:
     """vLLM's configurations of drafts."""
-    draft = make_tiny_eagle(tmp_path_factory.mktemp("drafts") / "eagle", tiny_model)
+    model = get_engines(background).model
+    draft = make_tiny_eagle(background.folder / "eagle", model)
     kinds = {
         "ngram": {"prompt_lookup_min": 1, "prompt_lookup_max": 3},
-        "draft_model": {"model": str(tiny_model)},
+        "draft_model": {"model": str(model)},
         # Drawn from its distribution, so that its probabilities take part in the verification.
         "eagle": {"model": str(draft), "draft_sample_method": "probabilistic"},
     }
@@ -64,14 +68,17 @@ def configs(tiny_model, tmp_path_factory) -> dict[str, dict]:
     }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def begin_all(run_engine, configs, is_whole):
-    if not is_whole:
-        return
+def begin(background):
+    engines, configs = get_engines(background), make_configs(background)
     ngram = {"speculative_config": configs["ngram"]}
-    run_engine.begin("v2", "adaptive", (BATCHES, ngram), (PREEMPTED, ngram | PREEMPTING))
+    engines.begin("v2", "adaptive", (BATCHES, ngram), (PREEMPTED, ngram | PREEMPTING))
     drafting = [(BATCHES, {"speculative_config": configs[method]}) for method in METHODS[1:]]
-    run_engine.begin("v2", "adaptive", *drafting)
+    engines.begin("v2", "adaptive", *drafting)
+
+
+@pytest.fixture(scope="module")
+def configs(background) -> dict[str, dict]:
+    return make_configs(background)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -4,16 +4,13 @@ vLLM's rejection sampler verifies drafts for many requests; the tokens that come
 with the probabilities that a chain with a temperature a token has, by Pearson's chi-squared.
 """
 
-import json
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 
-from tests.engine.conftest import ROOT, make_environment
+from tests.engine.engines import get_engines
 
+VERIFICATION = "tests.engine.verification"
 VOCAB_SIZE = 4
 FIRST_TOKEN = 1
 NUM_REQUESTS = 370
@@ -34,11 +31,9 @@ DRAFT = TARGET + numbers.normal(size=(VOCAB_SIZE, VOCAB_SIZE)) * 0.8
 CASES = [("likely", "standard"), ("drawn", "standard"), ("drawn", "block")]
 
 
-def verify(kind: str, method: str) -> dict:
-    """Tokens, temperatures and counts of one step of many requests."""
-    case = {
-        "kind": kind,
-        "method": method,
+def begin(background):
+    """Tokens, temperatures and counts of one step of many requests, for each case."""
+    common = {
         "num_requests": NUM_REQUESTS,
         "num_plain": NUM_PLAIN,
         "first_token": FIRST_TOKEN,
@@ -48,26 +43,14 @@ def verify(kind: str, method: str) -> dict:
         "picks": PICKS,
         "max_chunk_rows": MAX_CHUNK_ROWS,
     }
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.engine.verification"],
-        input=json.dumps(case),
-        env=make_environment("v2"),
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def steps(engine_pool):
-    return {case: engine_pool.submit(verify, *case) for case in CASES}
+    cases = [common | {"kind": kind, "method": method} for kind, method in CASES]
+    get_engines(background).begin_module(VERIFICATION, VERIFICATION, "v2", cases)
 
 
 @pytest.fixture(scope="module", params=CASES)
-def verified(request, steps):
-    return steps[request.param].result()
+def verified(request, background):
+    begin(background)
+    return background.wait(VERIFICATION)[CASES.index(request.param)]
 
 
 def law(temperatures: list[float], token: int) -> np.ndarray:

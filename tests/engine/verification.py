@@ -2,13 +2,14 @@
 
 In a process of its own, under Triton's interpreter. The model is a Markov chain of few words: what
 follows depends on the last token alone, its hidden state is that token's, and a head that is a
-table gives each token a temperature. Reads {"kind", "num_requests", ...} from standard input and
-writes the tokens of each request to standard output. `v2_worker` replaces what the interpreter
-cannot run.
+table gives each token a temperature. Reads a list of {"kind", "num_requests", ...} from standard
+input, and writes the tokens of each request, for all of them, to the file named by its argument.
+`v2_worker` replaces what the interpreter cannot run.
 """
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -142,4 +143,5 @@ def verify(
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        print(json.dumps(verify(**json.load(sys.stdin))))
+        results = [verify(**case) for case in json.load(sys.stdin)]
+    Path(sys.argv[1]).write_text(json.dumps(results))

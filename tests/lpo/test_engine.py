@@ -5,7 +5,6 @@ Each backend runs once, in a process of its own: this file as a script.
 
 import json
 import re
-import subprocess
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ import psutil
 import pytest
 from vllm.platforms import current_platform
 
-from adaptive_head import HeadConfig
 from adaptive_head.lpo.engine import (
     Engine,
     Generation,
@@ -35,9 +33,7 @@ from adaptive_head.lpo.engine_ray import (
 )
 from adaptive_head.lpo.experiment import EngineConfig
 from adaptive_head.options import AdaptiveRequest
-from tests.engine.conftest import ROOT, TEMPERATURES, find_cause, make_environment
-from tests.engine.tiny_model import HIDDEN_SIZE, make_tiny_model
-from tests.heads import save_strong_head
+from tests.engine.engines import TEMPERATURES, get_engines
 from tests.processors import PROCESSORS, WITHOUT_BFLOAT16, run_on
 
 BACKENDS = ("local", "ray", "data_parallel")
@@ -87,10 +83,10 @@ def make_requests(count=NUM_REQUESTS, max_tokens=MAX_TOKENS) -> list[GenerationR
     ]
 
 
-def run_scenario(backend: str, folder: Path) -> dict:
+def run_scenario(backend: str, model: str, heads: dict[str, str]) -> dict:
     """What an engine says, at work and when a replica dies."""
-    heads = {name: folder / name for name in ("token", "sequence")}
-    with open_engine(folder / "tiny", make_config(backend), heads) as engine:
+    folders = {name: Path(folder) for name, folder in heads.items()}
+    with open_engine(Path(model), make_config(backend), folders) as engine:
         result = {
             "answers": list(map(asdict, engine.generate(make_requests()))),
             "again": list(map(asdict, engine.generate(reversed(make_requests())))),
@@ -175,36 +171,27 @@ def read_command(process: psutil.Process) -> str:
         return "ended"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("engines")
-    model = make_tiny_model(folder / "tiny")
-    config = HeadConfig(HIDDEN_SIZE, TEMPERATURES, (32, 32))
-    save_strong_head(folder / "token", model, config, "token", 0)
-    save_strong_head(folder / "sequence", model, config, "sequence", 1)
-    return folder
+def begin(background):
+    for backend in BACKENDS:
+        begin_backend(background, backend)
+
+
+def begin_backend(background, backend):
+    engines = get_engines(background)
+    heads = {level: str(engines.heads[level[:3]]) for level in ("token", "sequence")}
+    scenario = {"backend": backend, "model": str(engines.model), "heads": heads}
+    engines.begin_module(f"lpo-{backend}", "tests.lpo.test_engine", "v1", scenario)
 
 
 @pytest.fixture(scope="module")
-def results(folder):
-    """What every backend said, each asked for when a test needs it first."""
-    known: dict[str, dict] = {}
+def results(background):
+    """What a backend said."""
 
-    def run(backend: str) -> dict:
-        if backend not in known:
-            path = folder / f"{backend}.json"
-            process = subprocess.run(
-                [sys.executable, "-m", "tests.lpo.test_engine", backend, str(folder), str(path)],
-                env=make_environment("v1"),
-                cwd=ROOT,
-                text=True,
-                capture_output=True,
-            )
-            assert process.returncode == 0, find_cause(process.stderr)
-            known[backend] = json.loads(path.read_text())
-        return known[backend]
+    def wait(backend: str) -> dict:
+        begin_backend(background, backend)
+        return background.wait(f"lpo-{backend}")
 
-    return run
+    return wait
 
 
 def by_id(answers: list[dict]) -> dict[str, dict]:
@@ -430,6 +417,5 @@ def test_an_address_without_a_cluster_is_refused_at_once():
 
 
 if __name__ == "__main__":
-    backend, folder_name, result_name = sys.argv[1:]
-    outcome = run_scenario(backend, Path(folder_name))
-    Path(result_name).write_text(json.dumps(outcome))
+    outcome = run_scenario(**json.load(sys.stdin))
+    Path(sys.argv[1]).write_text(json.dumps(outcome))

@@ -1,0 +1,61 @@
+"""Processes that tests wait for: two at a time, begun before the first test.
+
+An engine's start keeps one core busy for most of a minute, and light tests leave another one idle.
+So a module with such processes has a function `begin`, which is called before the first test of the
+session with what runs them, if more than a few of the module's tests are to run.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NUM_AT_ONCE = 2
+# Whoever runs fewer tests of a module does not want to wait for all its processes.
+MIN_TESTS = 4
+
+
+class Background:
+    """Calls functions that run processes in other threads, in the order in which they are begun.
+
+    Attributes:
+        folder: for their files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pool = ThreadPoolExecutor(NUM_AT_ONCE)
+        self._calls: dict[Hashable, Future] = {}
+
+    def begin(self, key: Hashable, function: Callable, *arguments: object) -> None:
+        """Call a function when its turn comes, if none was begun by this key.
+
+        Other tests run meanwhile: it must not depend on `os.environ` or the working directory, and
+        starts processes by `leftovers.run`.
+        """
+        if key not in self._calls:
+            self._calls[key] = self._pool.submit(function, *arguments)
+
+    def wait(self, key: Hashable) -> Any:
+        """What a function returned that was begun by this key, or its error."""
+        return self._calls[key].result()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def background(tmp_path_factory) -> Iterator[Background]:
+    background = Background(tmp_path_factory.mktemp("background"))
+    yield background
+    background.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def begin_all(request, background) -> None:
+    modules = [item.module for item in request.session.items]
+    for module in dict.fromkeys(modules):
+        if modules.count(module) >= MIN_TESTS and hasattr(module, "begin"):
+            module.begin(background)
