@@ -5,6 +5,9 @@ import shutil
 
 import pytest
 
+# A process of a test that takes longer hangs, in seconds.
+HANG_S = 400
+
 
 def require(program: str, package: str) -> str:
     """The path of a program. Without it the test is skipped, but for CI, where it fails.

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.bench_engine import ADAPTIVE, ARMS, ORDINARY, Run
 from benchmarks.engine import measure
 from tests.engine.engines import make_environment
+from tests.programs import HANG_S
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -23,6 +24,7 @@ def run_benchmark(*arguments):
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=HANG_S,
     )
 
 
@@ -133,6 +135,7 @@ def test_every_arm_runs_on_v2():
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=HANG_S,
     )
     assert process.returncode == 0, process.stderr[-4000:]
     result = json.loads(process.stdout)

@@ -12,6 +12,7 @@ import torch
 from adaptive_head import AdaptiveHead, HeadConfig
 from adaptive_head.vllm.head_runner import convert
 from benchmarks.head import Cost, Rates, count_cost, predict
+from tests.programs import HANG_S
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "scale.md"
@@ -82,6 +83,7 @@ def test_a_run_prints_what_was_predicted_and_measured():
         cwd=ROOT,
         text=True,
         capture_output=True,
+        timeout=HANG_S,
     )
     assert process.returncode == 0, process.stderr[-2000:]
     result = json.loads(process.stdout)

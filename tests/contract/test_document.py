@@ -16,6 +16,8 @@ from vllm import __version_tuple__
 from adaptive_head.vllm import moved as moved_names
 from adaptive_head.vllm.compat import SUPPORTED_MINORS
 
+from tests.programs import HANG_S
+
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENT = ROOT / "docs" / "vllm-coupling.md"
 PACKAGES = ("adaptive_head", "server")
@@ -207,7 +209,9 @@ def test_imports_point_from_the_server_to_the_plugin_to_the_layer():
 
 def test_importing_the_layer_does_not_import_vllm():
     code = "import sys, adaptive_head; print(*{name.split('.')[0] for name in sys.modules})"
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S
+    )
     assert process.returncode == 0, process.stderr
     loaded = set(process.stdout.split())
     assert "adaptive_head" in loaded and "torch" in loaded

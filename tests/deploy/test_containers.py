@@ -16,6 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from server.cli import make_parser, parse_vllm, prepare_environment
+from tests.programs import HANG_S
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -91,14 +92,16 @@ def parse_server_command(monkeypatch):
 
 
 def test_hadolint_finds_nothing():
-    result = subprocess.run([BIN / "hadolint", ROOT / "Dockerfile"], capture_output=True, text=True)
+    result = subprocess.run(
+        [BIN / "hadolint", ROOT / "Dockerfile"], capture_output=True, text=True, timeout=HANG_S
+    )
     assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("name", COMPOSE_FILES)
 def test_compose_files_keep_to_the_specification(name):
     command = [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", ROOT / name]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
     assert result.returncode == 0, result.stdout
 
 
@@ -147,7 +150,7 @@ def test_the_images_script_is_where_the_builder_finds_it():
     script = ROOT / source.removeprefix("/source/")
     assert f"RUN {folder}{script.name}" in STAGES["cpu"]
     assert os.access(script, os.X_OK)
-    subprocess.run(["sh", "-n", script], check=True)
+    subprocess.run(["sh", "-n", script], check=True, timeout=HANG_S)
     assert "\nset -eu\n" in script.read_text()
 
 
@@ -164,7 +167,7 @@ def test_the_builder_sees_what_it_copies_and_no_more():
 
 
 def test_locust_needs_nothing_of_the_server():
-    subprocess.run([sys.executable, "-c", IMPORT_LOCUSTFILE], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", IMPORT_LOCUSTFILE], cwd=ROOT, check=True, timeout=HANG_S)
 
 
 @pytest.mark.parametrize("name", SERVICES)

@@ -22,6 +22,7 @@ from deploy.grafana.queries import PrometheusAPI, read_panels
 from deploy.grafana.render import Page, format_value
 from deploy.grafana.render import main as draw
 from tests.deploy.test_prometheus import ALERTS
+from tests.programs import HANG_S
 
 ROOT = Path(__file__).parents[2]
 GRAFANA = ROOT / "deploy/grafana"
@@ -33,7 +34,9 @@ RUNBOOKS = DASHBOARDS["runbooks"]["panels"]
 def test_the_command_of_the_document_writes_the_dashboards_as_they_are(tmp_path):
     document = (ROOT / "docs/operations.md").read_text()
     (command,) = re.findall(r"^python (-m deploy\.grafana\.build)$", document, re.MULTILINE)
-    subprocess.run([sys.executable, *command.split(), str(tmp_path)], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, *command.split(), str(tmp_path)], cwd=ROOT, check=True, timeout=HANG_S
+    )
     for name in DASHBOARDS:
         written = (tmp_path / f"{name}.json").read_bytes()
         assert written == (GRAFANA / f"dashboards/{name}.json").read_bytes(), f"run {command}"

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_fastapi_instrumentator import metrics as http_metrics
 
 from server.metrics import AdaptiveMetrics
-from tests.programs import require
+from tests.programs import HANG_S, require
 from tests.server.fakes import HEADS
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,9 @@ SUFFIXES = {
 
 def run(command: str) -> None:
     require("promtool", "prometheus")
-    done = subprocess.run(["bash", "-euc", command], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-euc", command], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

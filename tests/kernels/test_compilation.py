@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernels.compilation import KERNELS
+from tests.programs import HANG_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +24,7 @@ def test_every_kernel_compiles_for_a_gpu(capability, tmp_path):
         env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"},
         text=True,
         capture_output=True,
+        timeout=HANG_S,
     )
     assert process.returncode == 0, process.stderr[-4000:]
     sizes = json.loads(process.stdout)

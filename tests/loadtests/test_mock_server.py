@@ -77,7 +77,8 @@ def test_heads_and_metrics_are_the_real_ones(mock):
     assert [b - a for a, b in zip(before, after, strict=True)] == [24, 36]
 
 
-COUNTED = ("adaptive_temperature_count", "vllm:generation_tokens_total")
+NUM_TOKENS = "vllm:generation_tokens_total"
+COUNTED = ("adaptive_temperature_count", NUM_TOKENS)
 
 
 def test_more_requests_than_fit_wait_and_all_are_answered(mock):
@@ -88,11 +89,13 @@ def test_more_requests_than_fit_wait_and_all_are_answered(mock):
 
 def test_a_client_that_leaves_ends_its_request(mock):
     body = {"model": EMBEDDED_NAME, "prompt": "Hi", "max_tokens": 4000, "ignore_eos": True}
+    before = mock.sum_metric(NUM_TOKENS)
     with mock.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
         lines = stream.iter_lines()
         next(lines)
         assert mock.sum_metric("vllm:num_requests_running") == 1
-    mock.wait_until_idle(seconds=10)
+    mock.wait_until_idle()
+    assert mock.sum_metric(NUM_TOKENS) - before < 4000
 
 
 def test_waits_stay_within_their_jitter():

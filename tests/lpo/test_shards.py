@@ -12,6 +12,7 @@ import pytest
 from adaptive_head.lpo.records import DataError, Response
 from adaptive_head.lpo.shards import MANIFEST_FILE, ShardWriter, read_shards
 from tests.lpo.samples import make_response
+from tests.programs import HANG_S
 
 
 def write_all(folder: Path, responses: list[Response], shard_size: int = 4) -> None:
@@ -144,7 +145,7 @@ with ShardWriter(Path(sys.argv[1]), "key", 50) as writer:
         writer.write(make_response("p", n))
 """
     command = [sys.executable, "-c", program, str(tmp_path)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_S)
     assert "File too large" in process.stderr
     responses = [make_response("p", n) for n in range(50)]
     with ShardWriter(tmp_path, "key", 50) as writer:

@@ -15,7 +15,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.programs import require
 
-TIMEOUT_S = 30
+TIMEOUT_S = 120
 
 RUN_KEYS = Keys.CONTROL + Keys.ENTER
 OPTIONS = (

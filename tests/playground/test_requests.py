@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 
 from tests.playground.browser import NASTY, Page
 from tests.playground.scripted import make_chunks, scripted, stream
+from tests.programs import HANG_S
 from tests.server.fakes import MODEL
 
 pytestmark = pytest.mark.slow
@@ -69,7 +70,12 @@ def test_the_command_sends_the_very_bytes(page, server):
     assert command == page.read_part(page.panes[0], "command")
     environment = {"API_KEY": server.key, "PATH": "/usr/bin:/bin"}
     sent = subprocess.run(
-        ["bash", "-c", command], env=environment, capture_output=True, text=True, check=True
+        ["bash", "-c", command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=HANG_S,
     )
     assert sent.stdout.endswith("data: [DONE]\n\n")
     first, second = server.bodies

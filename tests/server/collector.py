@@ -10,6 +10,7 @@ from typing import Any
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+TIMEOUT_S = 120
 # What the server needs in its environment to send here, soon.
 ENVIRONMENT = {
     "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
@@ -26,7 +27,7 @@ class Collector:
 
     def wait_for(self, name: str, **attributes: Any) -> Span:
         """The first span with this name and these attributes, `_` in the place of a dot."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline:
             for span in list(self.spans):
                 found = read_attributes(span)

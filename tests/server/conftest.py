@@ -27,6 +27,8 @@ HIDDEN_SIZE = 576
 TEMPERATURES = (0.0, 0.3, 0.7, 1.0, 1.3)
 ADMIN_KEY = "open sesame"
 START_TIMEOUT_S = 300
+# What a server or a test does at once and has not done after so long hangs.
+HANG_S = 120
 ENGINE_OPTIONS = (
     f"--served-model-name={MODEL}",
     "--dtype=float32",
@@ -78,9 +80,9 @@ class Server:
     def stop(self, number: int = signal.SIGTERM) -> int:
         """End it as a user would. Returns its exit code."""
         self.process.send_signal(number)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=HANG_S)
 
-    def wait_until_idle(self, seconds: float = 30) -> None:
+    def wait_until_idle(self, seconds: float = HANG_S) -> None:
         """Wait until the engine has no request, for some seconds at most."""
         states = [f"vllm:num_requests_{state}" for state in ("running", "waiting")]
         wait_until(lambda: not any(map(self.sum_metric, states)), seconds)
@@ -121,7 +123,7 @@ class Server:
         )
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = HANG_S) -> None:
     """Ask until it is so, for some seconds at most."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -24,7 +24,7 @@ from adaptive_head.heads import SHIPPED_HEADS
 from deploy.grafana.queries import PrometheusAPI, read_panels
 from server.head_routes import ADMIN_KEY_HEADER, HEADS_PATH
 from tests.deploy.test_prometheus import ALERTS, RULES
-from tests.programs import require
+from tests.programs import HANG_S, require
 from tests.server.conftest import ADMIN_KEY, MODEL, find_free_port, wait_until
 
 pytestmark = pytest.mark.engine
@@ -272,6 +272,10 @@ def test_the_page_is_drawn_by_the_command_that_the_document_shows(load, promethe
     command = line.replace("http://127.0.0.1:9090", str(prometheus.base_url))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(
-        [sys.executable, *shlex.split(command)], cwd=tmp_path, env=environment, check=True
+        [sys.executable, *shlex.split(command)],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        timeout=HANG_S,
     )
     assert (tmp_path / "dashboard.png").stat().st_size > 50_000

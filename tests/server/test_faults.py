@@ -19,7 +19,7 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from tests.server.collector import ENVIRONMENT, collecting, read_attributes
-from tests.server.conftest import BIN, ENGINE_OPTIONS, MODEL, running, wait_until
+from tests.server.conftest import BIN, ENGINE_OPTIONS, HANG_S, MODEL, running, wait_until
 
 pytestmark = pytest.mark.engine
 
@@ -64,7 +64,7 @@ def read_lines(site, event="request") -> list[dict]:
 
 
 def wait_for_line(site, request_id: str) -> dict:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_S
     while time.monotonic() < deadline:
         for line in read_lines(site):
             if (line["request_id"] or "").endswith(request_id):
@@ -122,7 +122,7 @@ def test_a_request_is_logged_and_traced(site, path, stream):
 
 
 def wait_for_children(site, parent) -> list:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_S
     while time.monotonic() < deadline:
         spans = [s for s in list(site.collector.spans) if s.parent_span_id == parent.span_id]
         if spans:
@@ -174,8 +174,7 @@ def test_a_client_that_leaves_ends_its_request_and_what_it_cost_is_counted(site,
         else:
             asked = pool.submit(connection.post, path, json=body, headers={"x-request-id": name})
             assert isinstance(asked.exception(), httpx.ReadTimeout)
-    # Generous for a busy machine: vLLM hears of it at once.
-    server.wait_until_idle(seconds=5)
+    server.wait_until_idle()
     wait_until(lambda: len(read_lines(site)) > num_lines)
     (line,) = read_lines(site)[num_lines:]
     assert line["aborted"] and line["level"] == "info"
@@ -308,26 +307,22 @@ def test_a_server_that_is_told_to_stop_lets_answers_end_and_takes_no_new_ones(si
         # How a reader whose buffers are full is left: test_shutdown.py.
         slow = connect_slowly(server, make_body(max_tokens=1900, n=8, logprobs=20))
         server.wait_until_running(9)
-        body = make_body(max_tokens=60)
+        body = make_body(max_tokens=20)
         short = pool.submit(stream, server, "/v1/completions", body)
         whole = pool.submit(server.post, "/v1/completions", body)
         server.wait_until_running(11)
-        start = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
-        while server.get("/health").status_code != 503:
-            assert time.monotonic() - start < 5
+        wait_until(lambda: server.get("/health").status_code == 503)
         refused = server.post("/v1/completions", make_body())
         assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
         assert short.result()[-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in short.result()[-2]
-        assert whole.result().json()["usage"]["completion_tokens"] == 60
-        assert server.process.wait(GRACE_S + 10) == 0
-        # Generous beyond the grace time, for a machine that does something else.
-        assert time.monotonic() - start < GRACE_S + 8
+        assert whole.result().json()["usage"]["completion_tokens"] == 20
+        assert server.process.wait(GRACE_S + HANG_S) == 0
         assert long.result()[-1] == "data: [DONE]"
         assert '"finish_reason":"abort"' in long.result()[-2]
         slow.close()
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=HANG_S)
     assert not alive
     assert sorted(line["status"] for line in read_lines(site)[-5:]) == [200] * 4 + [503]
 
@@ -357,7 +352,7 @@ def test_an_engine_that_dies_ends_its_streams_and_the_server(model, heads, tmp_p
         assert "InternalServerError" in completion and completion.endswith("data: [DONE]")
         assert "InternalServerError" in chat and chat.endswith("data: [DONE]")
         assert "event: error" in response and "EngineDeadError" in response
-        assert server.process.wait(30) == 1
-        _, alive = psutil.wait_procs(server.children, timeout=10)
+        assert server.process.wait(HANG_S) == 1
+        _, alive = psutil.wait_procs(server.children, timeout=HANG_S)
         assert not alive
         assert "adaptive-serve: the engine died" in server.read_log()

@@ -90,7 +90,7 @@ def test_a_client_that_leaves_ends_its_stream_and_its_tokens_are_counted(server,
     )
     assert server.sum_metric("vllm:num_requests_running") == 1
     stream.close()
-    server.wait_until_idle(seconds=20)
+    server.wait_until_idle()
     assert num_read <= rise(COUNT) < 1500
     assert rise(ANSWERS) in (0, 1)
     assert server.sum_metric("adaptive_temperature_bucket", le="+Inf") == server.sum_metric(COUNT)
@@ -102,7 +102,7 @@ def test_a_client_that_waits_no_longer_ends_its_request(server, rise):
         body = make_body(max_tokens=1500)
         asked = pool.submit(connection.post, "/v1/completions", json=body)
         assert isinstance(asked.exception(), httpx.ReadTimeout)
-    server.wait_until_idle(seconds=20)
+    server.wait_until_idle()
     assert rise(REQUESTS) == 1
     assert rise(COUNT) < 1500
     assert complete(server) == 10

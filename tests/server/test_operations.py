@@ -11,6 +11,7 @@ import pytest
 from adaptive_head.vllm.settings import ADMIN_KEY_VARIABLE, AdaptiveSettings
 from server.cli import make_parser, parse_vllm
 from server.head_routes import HEADS_PATH
+from tests.programs import HANG_S
 from tests.server.conftest import ADMIN_KEY
 
 DOCUMENT = (Path(__file__).parent.parent.parent / "docs" / "operations.md").read_text()
@@ -45,7 +46,12 @@ def test_the_command_that_loads_a_head_loads_one(server):
     command = command.replace("http://127.0.0.1:8000", server.url).replace("mine-v2", "tok")
     environment = os.environ | {ADMIN_KEY_VARIABLE: ADMIN_KEY}
     done = subprocess.run(
-        ["bash", "-euc", command], check=True, capture_output=True, text=True, env=environment
+        ["bash", "-euc", command],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=HANG_S,
     )
     headers = {"X-Admin-Key": ADMIN_KEY}
     assert server.http.delete(f"{HEADS_PATH}/mine", headers=headers).is_success, done.stdout

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from tests.playground.browser import Page, open_browser
+from tests.programs import HANG_S
 from tests.server.conftest import MODEL, TEMPERATURES
 
 pytestmark = pytest.mark.engine
@@ -107,7 +108,9 @@ def test_the_copied_command_gives_the_same_answer(page):
     page.fill(prompt=PROMPT, seed=SEED, max_tokens=NUM_TOKENS, compare=None)
     page.run()
     command = page.read_part(page.panes[0], "command")
-    result = subprocess.run(["bash", "-c", command], check=True, capture_output=True, text=True)
+    result = subprocess.run(
+        ["bash", "-c", command], check=True, capture_output=True, text=True, timeout=HANG_S
+    )
     events = result.stdout.removesuffix("data: [DONE]\n\n").split("data: ")[1:]
     choices = [choice for event in events for choice in json.loads(event)["choices"]]
     assert "".join(choice["delta"].get("content") or "" for choice in choices) == join(

@@ -11,7 +11,7 @@ import pytest
 
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from server.cli import EMBEDDED_NAME
-from tests.server.conftest import BIN, ENGINE_OPTIONS, MODEL, START_TIMEOUT_S, running
+from tests.server.conftest import BIN, ENGINE_OPTIONS, HANG_S, MODEL, START_TIMEOUT_S, running
 
 pytestmark = pytest.mark.engine
 
@@ -53,7 +53,7 @@ def assert_ends(server, number: int) -> None:
     children = server.children
     assert len(children) >= 2
     assert server.stop(number) == 0
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=HANG_S)
     assert not alive
 
 

@@ -12,6 +12,7 @@ import pytest
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.settings import read_settings
 from server.cli import make_parser, prepare_args
+from tests.programs import HANG_S
 from tests.server.conftest import BIN, MODEL
 
 ROOT = Path(__file__).parent.parent.parent
@@ -33,7 +34,12 @@ def redirect(text: str, server) -> str:
 
 def run(command: str, **options) -> str:
     return subprocess.run(
-        ["bash", "-euc", command], check=True, capture_output=True, text=True, **options
+        ["bash", "-euc", command],
+        check=True,
+        capture_output=True,
+        text=True,
+        **options,
+        timeout=HANG_S,
     ).stdout
 
 
@@ -63,6 +69,7 @@ def test_the_python_example_runs(server):
         check=True,
         capture_output=True,
         text=True,
+        timeout=HANG_S,
     ).stdout
     assert "{" in output.splitlines()[-1]
 

@@ -255,7 +255,7 @@ def test_a_log_that_was_moved_away_is_opened_anew(tmp_path, registry):
     file = tmp_path / "log"
     log = RequestLog(str(file), registry)
     log.write({"number": 0})
-    wait_until(file.read_text, seconds=10)
+    wait_until(file.read_text)
     file.rename(tmp_path / "old")
     log.write({"number": 1})
     log.close()
@@ -271,7 +271,7 @@ def test_a_folder_that_goes_loses_lines_until_it_is_back(tmp_path, registry):
     file.parent.rmdir()
     for number in range(2):
         log.write({"number": number})
-    wait_until(lambda: sample(registry, LOST) >= 2, seconds=10)
+    wait_until(lambda: sample(registry, LOST) >= 2)
     file.parent.mkdir()
     log.write({"number": 2})
     log.close()

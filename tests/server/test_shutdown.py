@@ -63,8 +63,10 @@ async def stop(drain, monkeypatch):
         client = DrainingClient(engine, drain)
         stopping = loop.run_in_executor(None, client.shutdown, timeout)
         if during is not None:
+            while not (drain.is_on and handlers):
+                await asyncio.sleep(0.01)
             await asyncio.sleep(0.05)
-            assert drain.is_on and not engine.timeouts and not engine.aborted
+            assert not engine.timeouts and not engine.aborted
             during(engine, handlers)
         await asyncio.wait_for(stopping, 30)
         return engine
@@ -135,7 +137,8 @@ async def test_one_signal_that_arrives_twice_is_one(drain, monkeypatch):
     client = DrainingClient(Engine(drain), drain)
     thread = threading.Thread(target=client.shutdown, args=(1000,))
     thread.start()
-    await asyncio.sleep(0.05)
+    while signal.SIGTERM not in handlers:
+        await asyncio.sleep(0.01)
     handlers[signal.SIGTERM]()
     await asyncio.sleep(0.2)
     assert thread.is_alive()
