@@ -6,7 +6,7 @@ the name of the test or of the fixture that started it, and so does everything t
 itself, in whatever session and under whatever parent.
 
 A test's processes end with the test. Those of a fixture of a wider scope end with the session, or
-as soon as the fixture fails, and those of `run` when it returns.
+as soon as the fixture fails, and those of `started` with its block.
 """
 
 import os
@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
 
@@ -35,20 +35,38 @@ _numbers = count()
 _foreign: set[int] = set()
 
 
-def run(
-    command: list[str], environment: dict[str, str], timeout: float, **options: Any
-) -> subprocess.CompletedProcess[str]:
-    """Run a process for more tests than the one that starts it, from any thread.
+@contextmanager
+def started(
+    command: list[str], environment: dict[str, str], **options: Any
+) -> Iterator[subprocess.Popen[str]]:
+    """A process for more tests than the one that starts it, from any thread.
 
-    It ends with everything that it has started, after `timeout` seconds at the latest.
+    Everything that it has started ends with the block.
     """
-    owner = f"{SESSION}/run-{next(_numbers)}"
+    owner = f"{SESSION}/started-{next(_numbers)}"
     environment = environment | {VARIABLE: owner}
-    options = {"capture_output": True, "text": True} | options
-    try:
-        return subprocess.run(command, env=environment, timeout=timeout, **options)
-    finally:
-        end_processes(owner)
+    with subprocess.Popen(command, env=environment, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            end_processes(owner)
+
+
+def run(
+    command: list[str], environment: dict[str, str], timeout: float, input: str = "", **options: Any
+) -> str:
+    """Run a process as `started` does, for `timeout` seconds at most; its standard output."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with started(command, environment, **pipes, **options) as process:
+        output, errors = process.communicate(input, timeout)
+    assert process.returncode == 0, find_cause(errors)
+    return output
+
+
+def find_cause(stderr: str) -> str:
+    """The lines that name the error: vLLM prints the tracebacks of three processes around it."""
+    lines = [line for line in stderr.splitlines() if "Error" in line]
+    return "\n".join(lines[:20]) or stderr[-4000:]
 
 
 def pytest_configure() -> None:

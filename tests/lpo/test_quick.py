@@ -1,42 +1,95 @@
-"""Every experiment that ships, in its quick form, from nothing to a table, with the real model."""
+"""Every experiment that ships, in its quick form, from nothing to a table, with the real model.
+
+One is run as its user would, and killed on its way. The others follow one another in one process:
+this file as a script.
+"""
 
 import json
 import shlex
-import signal
-import subprocess
 import sys
 import time
+import traceback
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
+from adaptive_head import cli
 from adaptive_head.checkpoint import load_head
 from adaptive_head.lpo.experiment import read_experiment
 from adaptive_head.lpo.shards import read_shards
+from tests.engine.engines import make_environment, run_module
+from tests.leftovers import run, started
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-FOLDER = Path(__file__).parents[2] / "experiments"
-# The issue's bound for the quick form; a run that takes longer hangs.
-TIMEOUT_S = 300
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "experiments"
+KILLED = "voting"
+OTHERS = ("constrained", "losses", "mix", "repeats")
+# A process that takes longer hangs.
+HANG_S = 480
 
 
-def start(name: str, out: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "adaptive_head.cli", "run", str(FOLDER / f"{name}.yaml")]
-    command += ["--quick", "--out", str(out), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def begin(background):
+    environment = make_environment("v1")
+    folder = background.folder
+    scenario = {"names": OTHERS, "folder": str(folder)}
+    background.begin("others", run_module, "tests.lpo.test_quick", environment, scenario, folder)
+    background.begin("killed", kill_and_finish, folder / KILLED, environment)
+    background.begin("inspect", inspect, folder, environment)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    output, errors = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 0, errors
-    return output
+def kill_and_finish(folder: Path, environment: dict[str, str]) -> dict:
+    """Kill a run, run it to its end and once more.
+
+    Returns:
+        What the finished run said, how many responses the killed one had written, and when files
+        were written, before and after the last run.
+    """
+    program = [sys.executable, "-m", "adaptive_head.cli"]
+    command = [*program, "run", str(FOLDER / f"{KILLED}.yaml"), "--quick", "--out", str(folder)]
+    deadline = time.monotonic() + HANG_S
+    with started(command, environment):
+        while not count_lines(folder):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    num_written = count_lines(folder)
+    output = run(command, environment, HANG_S)
+    before = list_files(folder)
+    run(command, environment, HANG_S)
+    after = list_files(folder)
+    return {"output": output, "num_written": num_written, "before": before, "after": after}
 
 
-# The fifth, voting, is killed first: see below.
-@pytest.mark.parametrize("name", ["constrained", "losses", "mix", "repeats"])
-def test_it_runs_from_nothing_to_a_table(name: str, tmp_path: Path) -> None:
-    assert_complete(name, tmp_path, finish(start(name, tmp_path)))
+def count_lines(folder: Path) -> int:
+    return sum(path.read_text().count("\n") for path in folder.glob("rollouts/*/shard-*"))
+
+
+def list_files(folder: Path) -> dict[Path, int]:
+    paths = [*folder.glob("heads/*/head/*"), *folder.glob("rollouts/*/s*")]
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
+def inspect(folder: Path, environment: dict[str, str]) -> str:
+    training = (ROOT / "docs" / "training.md").read_text()
+    (line,) = [line for line in training.splitlines() if line.startswith("adaptive-head inspect")]
+    _, *arguments = shlex.split(line)
+    command = [sys.executable, "-m", "adaptive_head.cli", *arguments, "--max-tokens", "8"]
+    return run(command, environment | {"PYTHONPATH": str(ROOT)}, HANG_S, cwd=folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def begun(background):
+    begin(background)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_it_runs_from_nothing_to_a_table(name, background):
+    result = background.wait("others")[name]
+    assert result["error"] is None, result["error"]
+    assert_complete(name, background.folder / name, result["output"])
 
 
 def assert_complete(name: str, out: Path, output: str) -> None:
@@ -55,41 +108,41 @@ def assert_complete(name: str, out: Path, output: str) -> None:
     assert list((out / "evaluation").glob("*.png"))
 
 
-def test_a_killed_run_goes_on_and_a_finished_one_does_nothing(tmp_path: Path) -> None:
-    process = start("voting", tmp_path)
-    deadline = time.monotonic() + TIMEOUT_S
-    while not list(tmp_path.glob("rollouts/*/shard-*")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert_complete("voting", tmp_path, finish(start("voting", tmp_path)))
-    experiment = read_experiment(FOLDER / "voting.yaml").shrink()
+def test_a_killed_run_goes_on_and_a_finished_one_does_nothing(background):
+    result, out = background.wait("killed"), background.folder / KILLED
+    assert_complete(KILLED, out, result["output"])
+    experiment = read_experiment(FOLDER / f"{KILLED}.yaml").shrink()
     num_prompts = sum(task.prompts.num_train for task in experiment.tasks.values())
-    for folder in (tmp_path / "rollouts").iterdir():
+    num_responses = num_prompts * experiment.rollouts.num_responses
+    assert 0 < result["num_written"] < num_responses, "it was not killed on its way"
+    for folder in (out / "rollouts").iterdir():
         keys = [response.key for response in read_shards(folder)]
-        assert len(keys) == len(set(keys)) == num_prompts * experiment.rollouts.num_responses
-
-    def list_files() -> dict[Path, int]:
-        heads = tmp_path.glob("heads/*/head/*")
-        return {path: path.stat().st_mtime_ns for path in [*heads, *tmp_path.glob("rollouts/*/s*")]}
-
-    before = list_files()
-    finish(start("voting", tmp_path))
-    assert list_files() == before
+        assert len(keys) == len(set(keys)) == num_responses
+    assert result["before"]
+    assert result["after"] == result["before"]
 
 
-def test_inspect_shows_an_answer_and_writes_the_page(tmp_path: Path) -> None:
-    training = (FOLDER.parent / "docs" / "training.md").read_text()
-    (line,) = [line for line in training.splitlines() if line.startswith("adaptive-head inspect")]
-    _, _, *arguments = shlex.split(line)
-    command = [sys.executable, "-m", "adaptive_head.cli", "inspect", *arguments]
-    command += ["--max-tokens", "8"]
-    result = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert "8 tokens" in result.stdout
-    page = (tmp_path / "answer.html").read_text()
+def test_inspect_shows_an_answer_and_writes_the_page(background):
+    assert "8 tokens" in background.wait("inspect")
+    page = (background.folder / "answer.html").read_text()
     assert "lighthouse" in page
     assert "://" not in page
+
+
+def run_in_turn(names: list[str], folder: str) -> dict[str, dict]:
+    """What the command prints for each experiment, and the error that ended it."""
+    results = {}
+    for name in names:
+        output, error = StringIO(), None
+        try:
+            with redirect_stdout(output):
+                out = Path(folder) / name
+                cli.run(FOLDER / f"{name}.yaml", out, cli.StageOption.evaluate, quick=True)
+        except Exception:
+            error = traceback.format_exc()
+        results[name] = {"output": output.getvalue(), "error": error}
+    return results
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(run_in_turn(**json.load(sys.stdin))))
