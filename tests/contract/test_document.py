@@ -15,7 +15,6 @@ from vllm import __version_tuple__
 
 from adaptive_head.vllm import moved as moved_names
 from adaptive_head.vllm.compat import SUPPORTED_MINORS
-
 from tests.programs import HANG_S
 
 ROOT = Path(__file__).parent.parent.parent
