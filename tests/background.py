@@ -1,7 +1,7 @@
 """Processes that tests wait for: two at a time, begun before the first test.
 
 An engine's start keeps one core busy for most of a minute, and light tests leave another one idle.
-So a module with such processes has a function `begin`, which is called before the first test of the
+So a module with such processes has a function `begin_processes`, which is called before the first test of the
 session with what runs them, if more than a few of the module's tests are to run.
 """
 
@@ -57,5 +57,5 @@ def background(tmp_path_factory) -> Iterator[Background]:
 def begin_all(request, background) -> None:
     modules = [item.module for item in request.session.items]
     for module in dict.fromkeys(modules):
-        if modules.count(module) >= MIN_TESTS and hasattr(module, "begin"):
-            module.begin(background)
+        if modules.count(module) >= MIN_TESTS and hasattr(module, "begin_processes"):
+            module.begin_processes(background)

@@ -175,7 +175,7 @@ ENGINES = {
 }
 
 
-def begin(background):
+def begin_processes(background):
     """Our engines one after the other, under both runners at a time; stock ones by themselves."""
     engines = get_engines(background)
     for runner in RUNNERS:

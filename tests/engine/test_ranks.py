@@ -55,7 +55,7 @@ SPREAD = adaptive(REPEATING[0], max_tokens=NUM_TOKENS, options={"head": "seq"})
 SPREAD["params"]["extra_args"]["adaptive"] |= {"name": "later", "generation": 1}
 
 
-def begin(background):
+def begin_processes(background):
     engines = get_engines(background)
     groups = (TENSOR_BATCHES, TENSOR_PARALLEL), (PIPELINE_BATCHES, PIPELINE_PARALLEL)
     engines.begin("v2", "ranks", *groups)

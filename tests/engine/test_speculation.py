@@ -68,7 +68,7 @@ def make_configs(background) -> dict[str, dict]:
     }
 
 
-def begin(background):
+def begin_processes(background):
     engines, configs = get_engines(background), make_configs(background)
     ngram = {"speculative_config": configs["ngram"]}
     engines.begin("v2", "adaptive", (BATCHES, ngram), (PREEMPTED, ngram | PREEMPTING))

@@ -31,7 +31,7 @@ DRAFT = TARGET + numbers.normal(size=(VOCAB_SIZE, VOCAB_SIZE)) * 0.8
 CASES = [("likely", "standard"), ("drawn", "standard"), ("drawn", "block")]
 
 
-def begin(background):
+def begin_processes(background):
     """Tokens, temperatures and counts of one step of many requests, for each case."""
     common = {
         "num_requests": NUM_REQUESTS,

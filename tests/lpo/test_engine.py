@@ -171,7 +171,7 @@ def read_command(process: psutil.Process) -> str:
         return "ended"
 
 
-def begin(background):
+def begin_processes(background):
     for backend in BACKENDS:
         begin_backend(background, backend)
 

@@ -32,7 +32,7 @@ OTHERS = ("constrained", "losses", "mix", "repeats")
 HANG_S = 480
 
 
-def begin(background):
+def begin_processes(background):
     environment = make_environment("v1")
     folder = background.folder
     scenario = {"names": OTHERS, "folder": str(folder)}
