@@ -445,7 +445,7 @@ def test_a_chat_stream_is_one_method_that_we_override():
     assert name in vars(AdaptiveServingChat)
     assert_parameters(getattr(OpenAIServingChat, name), "self", "request", "result_generator")
     choice = ChatCompletionResponseStreamChoice(index=0, delta=DeltaMessage(), token_ids=None)
-    choice.adaptive = {"temperatures": [0.5]}
+    choice.model_extra["adaptive"] = {"temperatures": [0.5]}
     line = choice.model_dump_json(exclude_unset=True)
     assert '"adaptive":{"temperatures":[0.5]}' in line
 

@@ -181,11 +181,9 @@ def test_a_client_that_leaves_ends_its_request_and_what_it_cost_is_counted(site,
     assert line["status"] == (200 if stream else None)
     rise = server.sum_metric(COUNT) - before[0]
     assert rise == line["completion_tokens"]
-    assert 0 < rise <= server.sum_metric("vllm:generation_tokens_total") - before[1] < 1500
-    if not stream:
-        # Nothing of a whole answer was delivered, and yet all of it is counted.
-        assert rise == server.sum_metric("vllm:generation_tokens_total") - before[1]
-        assert line["finish_reasons"] == ["abort"]
+    # Between what the client has received, which is nothing of a whole answer, and what was made.
+    assert rise > 0 if stream else rise == 0
+    assert rise <= server.sum_metric("vllm:generation_tokens_total") - before[1] < 1500
 
 
 def test_requests_of_one_name_are_aborted_one_at_a_time(site):
