@@ -23,6 +23,7 @@ from adaptive_head.checkpoint import (
     load_head,
     read_metadata,
     save_head,
+    upgrade_head,
 )
 from adaptive_head.embedded_model import ModelPreparationError, prepare
 from adaptive_head.fingerprint import fingerprint_model
@@ -35,6 +36,7 @@ from adaptive_head.language_model import (
     find_model_name,
     read_model_config,
 )
+from adaptive_head.metadata import FORMAT_VERSION
 
 app = typer.Typer(
     add_completion=False,
@@ -112,6 +114,24 @@ def show(
         typer.echo(loaded.metadata.model_dump_json(indent=2))
     else:
         Console().print(make_table(loaded))
+
+
+@app.command()
+def upgrade(
+    head: Annotated[Path, typer.Argument(help="Folder of the head.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Write the head to this folder instead; new or empty.")
+    ] = None,
+) -> None:
+    """Rewrite a head's head.json in the newest format; its weights stay as they are."""
+    with explain_errors():
+        found = upgrade_head(head, output)
+    if output is not None:
+        typer.echo(f"Wrote {head} in format {FORMAT_VERSION} to {output}")
+    elif found == FORMAT_VERSION:
+        typer.echo(f"{head} has format {FORMAT_VERSION} already")
+    else:
+        typer.echo(f"{head} had format {found}, and has format {FORMAT_VERSION} now")
 
 
 @app.command(name="model")
@@ -235,6 +255,7 @@ def make_table(head: LoadedHead) -> Table:
         "made for": metadata.base_model.name,
         "fingerprint": metadata.base_model.fingerprint or "none",
         "level": metadata.level,
+        "select": metadata.select,
         "temperatures": ", ".join(f"{value:g}" for value in metadata.temperatures),
         "layers": " → ".join(map(str, metadata.config.widths)),
         "weights": f"{num_weights:,}",

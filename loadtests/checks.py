@@ -137,7 +137,8 @@ def _find_foreign(
     allowed = [max(low, value if high is None else min(value, high)) for value in allowed]
     for value in used:
         if is_continuous:
-            if not min(allowed) - _ROUNDING <= value <= max(allowed) + _ROUNDING:
+            # Keys of a histogram are rounded to tenths.
+            if not min(allowed) - 0.051 < value < max(allowed) + 0.051:
                 yield f"temperature {value} is not from {min(allowed)} to {max(allowed)}"
         elif not any(abs(value - known) < _ROUNDING for known in allowed):
             yield f"temperature {value} is none of the head's {', '.join(map(str, allowed))}"

@@ -1,19 +1,28 @@
 import json
+import os
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adaptive_head.checkpoint import (
+    MAX_METADATA_BYTES,
+    MAX_WEIGHTS_BYTES,
     BaseModelIdentity,
+    FeatureProbe,
     HeadError,
+    HeadMetadata,
     load_head,
     read_metadata,
     save_head,
+    write_metadata,
 )
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.head import AdaptiveHead, HeadConfig
 from adaptive_head.heads import SHIPPED_HEADS
+from adaptive_head.metadata import Setting
 
 CONFIG = HeadConfig(8, (0.0, 0.5, 1.0), (6, 4))
 IDENTITY = BaseModelIdentity(name="tiny", fingerprint="0123456789abcdef")
@@ -176,6 +185,11 @@ def test_a_folder_without_metadata_is_not_a_head(folder, tmp_path):
     assert "is not a head" in refusal(tmp_path / "nowhere")
 
 
+PROBE = {
+    "prompts": [[1, 2, 3], [4]],
+    "temperatures": [0.25, 0.75],
+    "tolerances": {"float32": 0.01, "bfloat16": 0.05},
+}
 REQUIRED = ["choices", "level", "hidden_size", "layer_sizes", "base_model", "trained"]
 
 
@@ -207,6 +221,26 @@ def test_metadata_without_a_required_field_is_refused(folder, field):
         ({"choices": [0.0, 0.5, float("nan")]}, "nan is not in [0, 10]"),
         ({"choices": [0.0, 0.5, 11]}, "11.0 is not in [0, 10]"),
         ({"trained": "perhaps"}, "trained"),
+        ({"choices": [0.0, "0.5", 1.0]}, "choices.1: must be a number, or an object with temp"),
+        ({"choices": [0.0, True, 1.0]}, "choices.1: must be a number, or an object with temp"),
+        ({"choices": [0.0, {"top_p": 0.9}, 1.0]}, "choices.1.temperature: Field required"),
+        ({"choices": [0.0, {"temperature": 0.5, "top_k": 4}, 1.0]}, "choices.1.top_k: Extra"),
+        ({"choices": [0.0, {"temperature": 0.5, "top_p": 0}, 1.0]}, "choices.1.top_p: "),
+        ({"choices": [0.0, {"temperature": 0.5, "min_p": 2}, 1.0]}, "choices.1.min_p: "),
+        ({"choices": [0.1 * i for i in range(65)]}, "choices: temperatures: 2 to 64"),
+        ({"layer_sizes": [6] * 65}, "layer_sizes: Tuple should have at most 64"),
+        ({"select": "maximum"}, "select: "),
+        ({"abstain": {"threshold": 0.5}}, "abstain.fallback: Field required"),
+        ({"temperatures": [0.0, 0.5, 1.0]}, "temperatures: Extra inputs"),
+        ({"probe": {"prompts": [[1]], "temperatures": [0.5]}}, "probe.tolerances: Field required"),
+        ({"probe": PROBE | {"prompts": [[1], [2, -1]]}}, "probe.prompts.1.1: "),
+        ({"probe": PROBE | {"prompts": [[1], []]}}, "probe.prompts.1: "),
+        ({"probe": PROBE | {"prompts": [[1]] * 65}}, "probe.prompts: "),
+        ({"probe": PROBE | {"prompts": [[1], [1] * 257]}}, "probe.prompts.1: "),
+        ({"probe": PROBE | {"temperatures": [0.5]}}, "probe: 1 temperatures for 2 prompts"),
+        ({"probe": PROBE | {"temperatures": [0.5, 11]}}, "probe.temperatures.1: "),
+        ({"probe": PROBE | {"tolerances": {}}}, "probe.tolerances: "),
+        ({"probe": PROBE | {"tolerances": {"float32": 0}}}, "probe.tolerances.float32: "),
     ],
 )
 def test_wrong_metadata_is_refused(folder, changes, complaint):
@@ -252,6 +286,132 @@ def test_metadata_that_is_not_a_json_object_is_refused(folder, content, complain
     path = folder / "head.json"
     path.write_bytes(content)
     assert refusal(folder).startswith(f"{path} {complaint}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"kind": "autodeco"}, 'kind: this release serves heads of kind "categorical", not'),
+        ({"kind": None}, 'kind: this release serves heads of kind "categorical", not None'),
+        (
+            {"choices": [0.0, {"temperature": 0.5, "min_p": 0.1}, 1.0]},
+            "choices: this release serves choices of temperatures only, and number 1 has a min_p",
+        ),
+        (
+            {"choices": [0.0, 0.5, {"temperature": 1.0, "top_p": 0.9}]},
+            "choices: this release serves choices of temperatures only, and number 2 has a top_p",
+        ),
+        (
+            {"abstain": {"threshold": 0.4, "fallback": 0.6, "statistic": "margin"}},
+            "abstain: heads of this release cannot abstain; it must be null",
+        ),
+    ],
+)
+def test_what_this_release_cannot_serve_is_refused_and_never_ignored(folder, changes, complaint):
+    change_json(folder, **changes)
+    assert complaint in refusal(folder)
+    with pytest.raises(HeadError):
+        read_metadata(folder)
+
+
+def test_a_choice_is_a_number_or_an_object(folder):
+    change_json(folder, choices=[0, {"temperature": 0.5}, 1.0])
+    metadata = load_head(folder).metadata
+    assert metadata.temperatures == (0.0, 0.5, 1.0)
+    assert metadata.choices[1] == Setting(temperature=0.5)
+
+
+PROBABILITIES = st.none() | st.floats(0.001, 1.0)
+
+
+@given(st.floats(0.0, 10.0), PROBABILITIES, PROBABILITIES)
+def test_a_setting_is_written_as_short_as_it_is(temperature, top_p, min_p):
+    setting = Setting(temperature=temperature, top_p=top_p, min_p=min_p)
+    written = json.loads(setting.model_dump_json())
+    others = {"top_p": top_p, "min_p": min_p}
+    given_ones = {name: value for name, value in others.items() if value is not None}
+    assert written == ({"temperature": temperature} | given_ones if given_ones else temperature)
+    assert Setting.model_validate(written) == setting
+
+
+def test_the_heads_own_select_and_probe_come_back(tmp_path, network):
+    probe = FeatureProbe.model_validate(PROBE)
+    options = {"base_model": IDENTITY, "trained": False, "select": "mean", "probe": probe}
+    save_head(tmp_path / "h", network, level="token", **options)
+    loaded = load_head(tmp_path / "h")
+    assert loaded.select == loaded.metadata.select == "mean" and loaded.metadata.probe == probe
+    assert json.loads((tmp_path / "h/head.json").read_text())["probe"] == PROBE
+
+
+def test_files_that_are_too_large_are_refused_before_they_are_read(folder):
+    weights, path = folder / "head.safetensors", folder / "head.json"
+    # Sparse: nothing of that size is on the disk.
+    os.truncate(weights, MAX_WEIGHTS_BYTES + 1)
+    assert f"{weights} cannot be read: it has 1,073,741,825 bytes" in refusal(folder)
+    os.truncate(path, MAX_METADATA_BYTES + 1)
+    assert f"{path} cannot be read: it has 1,048,577 bytes, and at most 1,048,576" in refusal(
+        folder
+    )
+
+
+def test_what_would_be_too_large_to_read_is_not_written(folder):
+    before = (folder / "head.json").read_bytes()
+    metadata = read_metadata(folder)
+    for training, complaint in [
+        ({"note": "x" * MAX_METADATA_BYTES}, "training is too long"),
+        (nest(300), "training cannot be written"),
+    ]:
+        with pytest.raises(HeadError, match=complaint):
+            write_metadata(folder, metadata.model_copy(update={"training": training}))
+    assert (folder / "head.json").read_bytes() == before
+
+
+def nest(depth: int) -> dict:
+    return {"deeper": nest(depth - 1)} if depth else {}
+
+
+@pytest.mark.parametrize("name", ["head.json", "head.safetensors"])
+def test_a_pipe_is_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert f"{folder / name} cannot be read: it is not a regular file" in refusal(folder)
+
+
+def describe_head(**fields) -> HeadMetadata:
+    defaults = {"level": "token", "hidden_size": 8, "layer_sizes": (), "base_model": IDENTITY}
+    defaults |= {"trained": True, "created": "", "packages": {}}
+    return HeadMetadata.model_validate(defaults | fields)
+
+
+@pytest.mark.parametrize("select", ["argmax", "sample"])
+def test_a_head_that_chooses_is_counted_by_its_choices(select):
+    metadata = describe_head(choices=(0.0, 0.35, 2.5), select=select)
+    assert not metadata.is_continuous and metadata.bounds == (0.0, 0.35, 2.5)
+
+
+def test_a_head_that_serves_means_is_counted_in_buckets():
+    metadata = describe_head(choices=(0.0, 0.35, 2.5), select="mean")
+    grid = [float(f"0.{tenth}") for tenth in range(10)] + [float(f"1.{t}") for t in range(10)]
+    assert metadata.is_continuous
+    assert metadata.bounds == tuple(sorted([*grid, 2.0, 0.35, 2.5]))
+
+
+def test_shares_of_training_are_those_of_what_is_served():
+    chosen = {"0.0": 0.25, "1.0": 0.75}
+    means = {str(tenth / 10): 0.0 for tenth in range(21)} | {"0.4": 0.5, "0.5": 0.5}
+    training = {"temperature_shares": chosen, "expected_temperature_shares": means}
+    shares = {
+        select: describe_head(choices=(0.0, 1.0), select=select, training=training).training_shares
+        for select in ("argmax", "mean", "sample")
+    }
+    assert shares["argmax"] == (0.25, 0.75) and shares["sample"] is None
+    assert shares["mean"] == (0, 0, 0, 0, 0.5, 0.5, *[0] * 15)
+    # What the likeliest were says nothing of means.
+    training = {"temperature_shares": chosen}
+    for select in ("mean", "sample"):
+        assert (
+            describe_head(choices=(0, 1), select=select, training=training).training_shares is None
+        )
 
 
 def test_nothing_is_overwritten(folder, network):
@@ -390,6 +550,12 @@ def test_without_safetensors_there_is_no_fingerprint(tmp_path):
 def test_what_was_chosen_in_training_is_read_where_it_is_said(folder, training, shares):
     change_json(folder, training=training)
     assert read_metadata(folder).training_shares == shares
+
+
+@pytest.mark.parametrize("name", SHIPPED_HEADS)
+def test_the_heads_that_ship_have_the_newest_format(name):
+    written = json.loads((SHIPPED_HEADS[name] / "head.json").read_text())
+    assert written == load_head(SHIPPED_HEADS[name]).metadata.model_dump(mode="json")
 
 
 @pytest.mark.parametrize("name", SHIPPED_HEADS)

@@ -241,3 +241,25 @@ def test_the_command_is_main(monkeypatch, tmp_path, capsys):
         cli.main()
     assert caught.value.code == 2
     assert "is not a head" in capsys.readouterr().err
+
+
+def test_upgrade_rewrites_format_1_and_says_so(tmp_path, model):
+    folder = make(tmp_path, model).path
+    path = folder / "head.json"
+    content = json.loads(path.read_text()) | {"format_version": 1}
+    content["temperatures"] = content.pop("choices")
+    for field in ("kind", "select", "abstain", "probe"):
+        del content[field]
+    path.write_text(json.dumps(content))
+    result = run("upgrade", folder, "--output", tmp_path / "new")
+    assert result.stdout == f"Wrote {folder} in format 2 to {tmp_path / 'new'}\n"
+    assert json.loads(path.read_text()) == content
+    assert run("upgrade", folder).stdout == f"{folder} had format 1, and has format 2 now\n"
+    assert path.read_bytes() == (tmp_path / "new/head.json").read_bytes()
+    assert run("upgrade", folder).stdout == f"{folder} has format 2 already\n"
+
+
+def test_upgrade_refuses_what_is_no_head_or_no_empty_folder(tmp_path, model):
+    assert "is not a head: it has no head.json" in refusal("upgrade", tmp_path)
+    folder = make(tmp_path, model).path
+    assert "is not an empty folder" in refusal("upgrade", folder, "--output", model)

@@ -59,6 +59,7 @@ VALID = [
     {"policy": "constant"},
     {"select": "argmax"},
     {"select": "sample"},
+    {"select": "mean"},
     {"select": None},
     {"min": 0},
     {"min": 10.0},
@@ -239,6 +240,30 @@ def test_min_above_max_is_refused():
     assert "0.2" in str(error)
 
 
+@pytest.mark.parametrize("own", ["argmax", "sample", "mean"])
+def test_a_request_without_select_gets_the_heads_own(own):
+    heads = {"default": FakeHead("token", own)}
+    assert resolve({}, heads).select == resolve({"select": None}, heads).select == own
+    for asked in ("argmax", "sample", "mean"):
+        assert resolve({"select": asked}, heads).select == asked
+
+
+@pytest.mark.parametrize(
+    ("value", "is_continuous"),
+    [
+        ({}, False),
+        ({"select": "sample"}, False),
+        ({"select": "mean"}, True),
+        ({"policy": "entropy"}, True),
+        ({"policy": "schedule"}, True),
+        ({"policy": "two_phase"}, False),
+        ({"policy": "constant"}, False),
+    ],
+)
+def test_some_temperatures_are_of_no_table(value, is_continuous):
+    assert resolve(value).is_continuous == is_continuous
+
+
 @pytest.mark.parametrize("policy", ["entropy", "schedule", "two_phase", "constant"])
 @pytest.mark.parametrize(("field", "value"), [("head", "default"), ("select", "argmax")])
 def test_the_head_s_options_are_refused_with_another_policy(policy, field, value):
@@ -331,7 +356,10 @@ def valid_requests(draw) -> dict:
     }
     if policy == "head":
         chosen = draw(st.sampled_from(["default", "whole"]))
-        return value | {"head": chosen, "select": draw(st.sampled_from(["argmax", "sample"]))}
+        return value | {
+            "head": chosen,
+            "select": draw(st.sampled_from(["argmax", "sample", "mean"])),
+        }
     return value | {"policy": policy, policy: draw(parameters[policy])}
 
 

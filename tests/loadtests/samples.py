@@ -11,6 +11,7 @@ TARGET = Target(
     heads={
         "tok": Head("token", (0.0, 0.3, 0.7, 1.0)),
         "seq": Head("sequence", (0.0, 0.3, 0.7, 1.0)),
+        "mean": Head("token", (0.0, 0.3, 0.7, 1.0), "mean"),
     },
 )
 

@@ -27,6 +27,14 @@ FIXED = Choice("text", "length")
             make_answer(make_choice([0.123456, 0.8], policy="entropy", histogram={"x": 2})),
         ),
         (
+            make_ask(select="mean", report="tokens"),
+            make_answer(make_choice([0.123456, 0.8], histogram={"0.1": 1, "0.8": 1})),
+        ),
+        (
+            make_ask(head="mean"),
+            make_answer(make_choice([0.1, 0.8], False, head="mean")),
+        ),
+        (
             make_ask(num_choices=2),
             make_answer(make_choice([0.3], False), make_choice([1.0, 1.0], False)),
         ),
@@ -44,6 +52,7 @@ def test_a_right_answer_passes(ask, answer):
         (make_answer(make_choice(LISTED, tokens=5)), "the histogram counts 4 of 5"),
         (make_answer(make_choice(LISTED), num_tokens=5), "usage counts 5 tokens, the summaries 4"),
         (make_answer(make_choice((0.3, 0.35))), "temperature 0.35 is none of the head's 0.0, 0.3"),
+        (make_answer(make_choice((0.3, 1.2), head="mean")), "temperature 1.2 is not from 0.0 to"),
         (make_answer(make_choice((0.3, 0.7), histogram={"0.3": 2})), "contradict the histogram"),
         (make_answer(make_choice((0.3, 0.7), mean=0.6)), "mean is not 0.6"),
         (make_answer(make_choice((0.3, 0.7), max=1.0)), "contradict the summary's min and max"),

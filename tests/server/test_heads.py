@@ -76,6 +76,14 @@ def test_a_canary_of_another_level_leaves_requests_alone_that_insist_on_theirs()
     assert (options.name, options.level) == ("a", "token")
 
 
+def test_a_canary_selects_as_it_does_itself_unless_the_request_says_how():
+    registry = make_registry(a=TOKEN, b=describe_head(select="mean"))
+    assert choose(registry)[0].select == "argmax"
+    registry.set_canary("a", Canary("b", 100))
+    assert choose(registry)[0].select == "mean"
+    assert choose(registry, select="sample")[0].select == "sample"
+
+
 def test_a_canary_of_a_canary_is_not_asked():
     registry = make_registry(a=TOKEN, b=TOKEN, c=TOKEN)
     registry.set_canary("a", Canary("b", 100))

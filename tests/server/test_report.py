@@ -62,9 +62,11 @@ def test_a_heads_histogram_has_the_exact_temperatures(temperature, key):
     assert read_all({}, temperature).describe(show_tokens=False)["histogram"] == {key: 1}
 
 
-@pytest.mark.parametrize("policy", ["entropy", "schedule"])
-def test_a_continuous_policys_histogram_is_rounded_to_tenths(policy):
-    summary = read_all({"policy": policy}, 0.712345, 0.698, 0.04, 1.96).describe(show_tokens=False)
+@pytest.mark.parametrize(
+    "adaptive", [{"policy": "entropy"}, {"policy": "schedule"}, {"select": "mean"}]
+)
+def test_a_histogram_of_continuous_temperatures_is_rounded_to_tenths(adaptive):
+    summary = read_all(adaptive, 0.712345, 0.698, 0.04, 1.96).describe(show_tokens=False)
     assert summary["histogram"] == {"0": 1, "0.7": 2, "2": 1}
     assert (summary["min"], summary["max"]) == (0.04, 1.96)
 
