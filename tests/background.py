@@ -1,8 +1,8 @@
 """Processes that tests wait for: two at a time, begun before the first test.
 
 An engine's start keeps one core busy for most of a minute, and light tests leave another one idle.
-So a module with such processes has a function `begin_processes`, which is called before the first test of the
-session with what runs them, if more than a few of the module's tests are to run.
+So a module with such processes has a function `begin_processes`. It is called before the first test
+of the session with what runs them, if more than a few of the module's tests are to run.
 """
 
 from collections.abc import Callable, Hashable, Iterator
