@@ -67,12 +67,14 @@ class Setting:
         blocked: packages that a check must not import.
         environment: added to that of this process.
         budget_s: for all checks together.
+        patience: multiplies the time limits of the checks.
     """
 
     device: str
     blocked: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     budget_s: float = 360.0
+    patience: float = 1.0
 
 
 def run_checks(groups: Iterable[Sequence[Check]], setting: Setting) -> Iterator[Outcome]:
@@ -96,7 +98,7 @@ def run_check(check: Check, setting: Setting, deadline: float) -> Outcome:
     if check.needs_gpu and setting.device == "cpu":
         return Outcome(check.name, SKIPPED, "needs a GPU")
     begin = time.monotonic()
-    limit_s = min(check.limit_s, deadline - begin)
+    limit_s = min(check.limit_s * setting.patience, deadline - begin)
     if limit_s < MIN_SECONDS:
         return Outcome(check.name, NOT_RUN, f"the {setting.budget_s:g} s of the tier are spent")
     with tempfile.TemporaryDirectory() as temporary:

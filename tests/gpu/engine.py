@@ -74,9 +74,15 @@ class Request:
     options: Options | None = None
 
 
-def make_prompt(index: int) -> list[int]:
-    """A prompt of its own, and of its own length."""
-    return [(7 * index + 3 * j + 5) % VOCAB_SIZE for j in range(9 + 5 * index)]
+def pick_length(device: str, num_tokens: int) -> int:
+    """How many tokens are generated where a GPU generates so many."""
+    return num_tokens * 2 // 5 if device == "cpu" else num_tokens
+
+
+def make_prompt(index: int, prompt_len: int | None = None) -> list[int]:
+    """A prompt of its own, and of its own length unless that is given."""
+    prompt_len = 9 + 5 * index if prompt_len is None else prompt_len
+    return [(7 * index + 3 * j + 5) % VOCAB_SIZE for j in range(prompt_len)]
 
 
 def make_request(prompt: list[int], num_tokens: int, seed: int | None, **params: Any) -> Request:

@@ -11,9 +11,9 @@ from tests.gpu.engine import MARKER, START, Material, Request
 
 # Millionths by which a schedule's temperature may be off: it is computed in float32.
 TOLERANCE = 20
-# A choice is clear where its score, or logit, leads by this share of the range of all: rounding to
-# bfloat16 on the way through the model cannot change it.
-CLEAR_MARGIN = 0.15
+# A choice of a head is clear, and a token the likeliest, where its score or logit leads by this
+# share of the range of all. In bfloat16, 1 in 1,400 of such choices of a head was another one.
+SCORE_MARGIN, LOGIT_MARGIN = 0.15, 0.04
 MIN_AGREEMENT = 0.98
 
 
@@ -99,12 +99,12 @@ class Alignment:
         values = torch.tensor(network.config.temperatures, dtype=torch.float64)[scores.argmax(-1)]
         values = (values * options.scale).clamp(options.min, options.max)
         expected = (values * 1e6 + 0.5).floor().long().tolist()
-        is_clear = _is_clear(scores)
+        is_clear = _is_clear(scores, SCORE_MARGIN)
         for index in is_clear.nonzero().flatten().tolist():
             self.num_clear += 1
             self.num_agreeing += micros[index] == expected[index]
             self.num_shifted += micros[index] == expected[(index + 1) % len(expected)]
-        is_clear = _is_clear(logits)
+        is_clear = _is_clear(logits, LOGIT_MARGIN)
         for index, micro in enumerate(micros):
             if micro == 0 and is_clear[index]:
                 self.num_greedy += 1
@@ -121,8 +121,9 @@ class Alignment:
         shifted = self.num_shifted / self.num_clear
         assert agreement >= MIN_AGREEMENT, f"heads agree in {agreement:.1%} of clear choices"
         assert shifted < agreement - 0.1, "a shift by one token would not have been noticed"
-        greedy = self.num_argmax / max(self.num_greedy, 1)
-        assert greedy >= MIN_AGREEMENT, f"{greedy:.1%} of tokens at 0 are the likeliest"
+        assert self.num_argmax >= MIN_AGREEMENT * self.num_greedy, (
+            f"{self.num_argmax} of {self.num_greedy} tokens at 0 are the likeliest"
+        )
         return {
             "exact": self.num_exact,
             "clear_choices": self.num_clear,
@@ -132,11 +133,11 @@ class Alignment:
         }
 
 
-def _is_clear(scores: torch.Tensor) -> torch.Tensor:
+def _is_clear(scores: torch.Tensor, margin: float) -> torch.Tensor:
     """bool [rows]: whether the first of [rows, choices] leads the second by far."""
     top = scores.topk(2, dim=-1).values
     spread = (scores.amax(-1) - scores.amin(-1)).clamp_min(1e-9)
-    return (top[:, 0] - top[:, 1]) / spread > CLEAR_MARGIN
+    return (top[:, 0] - top[:, 1]) / spread > margin
 
 
 def _expect(request: Request, token_ids: list[int]) -> list[int]:

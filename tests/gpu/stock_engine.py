@@ -14,6 +14,6 @@ from tests.gpu.engine_checks import answer_twice
 if __name__ == "__main__":
     model, device, result = sys.argv[1:]
     engine = Engine(Material(Path(model), {}), device, is_stock=True)
-    Path(result).write_text(json.dumps(answer_twice(engine)))
+    Path(result).write_text(json.dumps(answer_twice(engine, device)))
     sys.stdout.flush()
     os._exit(0)

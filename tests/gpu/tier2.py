@@ -57,7 +57,9 @@ def main() -> int:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="shape of the benchmark's model")
     arguments = parser.parse_args()
     environment = make_environment(arguments.device)
-    setting = Setting(arguments.device, environment=environment, budget_s=arguments.budget)
+    # Triton's interpreter takes its time.
+    patience = 4.0 if arguments.device == "cpu" else 1.0
+    setting = Setting(arguments.device, (), environment, arguments.budget, patience)
     return run_tier(2, make_groups(arguments.model), setting, arguments.json, arguments.only)
 
 
