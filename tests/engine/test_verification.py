@@ -49,7 +49,7 @@ def begin_processes(background):
 
 @pytest.fixture(scope="module", params=CASES)
 def verified(request, background):
-    begin(background)
+    begin_processes(background)
     return background.wait(VERIFICATION)[CASES.index(request.param)]
 
 

@@ -82,7 +82,7 @@ def inspect(folder: Path, environment: dict[str, str]) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def begun(background):
-    begin(background)
+    begin_processes(background)
 
 
 @pytest.mark.parametrize("name", OTHERS)
