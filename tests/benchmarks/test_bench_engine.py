@@ -19,7 +19,7 @@ from benchmarks.bench_engine import (
 
 
 def head_options(level="token", name="a"):
-    metadata = {name: SimpleNamespace(level=level, temperatures=(0.0, 1.0))}
+    metadata = {name: SimpleNamespace(level=level, select="argmax")}
     return resolve_options(AdaptiveRequest(head=name), metadata, name)
 
 

@@ -4,6 +4,7 @@ V2 runs on the CPU through Triton's interpreter; see interpreted_triton/.
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,12 +23,10 @@ LONG_MARKER, LONG_START = [81, 81, 82], [82, 81, 83]
 WORDS_MARKER, WORDS_START = [81, 82, 82], [82, 81, 81]
 
 
-class _Level:
-    def __init__(self, level):
-        self.level = level
-
-
-HEADS = {"tok": _Level("token"), "seq": _Level("sequence")}
+HEADS = {
+    name: SimpleNamespace(level=level, select="argmax")
+    for name, level in (("tok", "token"), ("seq", "sequence"))
+}
 
 
 def tokenize(marker):
