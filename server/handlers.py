@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from vllm import __version_tuple__
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
@@ -21,7 +22,7 @@ from server.report import Report
 from server.stream import ChunkWriter, write_chunks, write_events
 
 # vLLM 0.33 makes a chat's chunks as objects first; 0.32 only as text.
-HAS_CHUNK_OBJECTS = hasattr(OpenAIServingChat, "chat_completion_stream_generator_raw")
+HAS_CHUNK_OBJECTS = __version_tuple__[:2] >= (0, 33)
 
 
 class AdaptiveServingChat(OpenAIServingChat):
