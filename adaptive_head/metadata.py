@@ -7,7 +7,7 @@ A file that uses one of them is refused, never served as something else.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -26,8 +26,6 @@ from adaptive_head.head import MAX_TEMPERATURE, HeadConfig, check_temperatures
 from adaptive_head.options import Level, Selection, Temperature, TokenId, quote
 
 FORMAT_VERSION: Final = 2
-# Where a head's values are no table, they are counted in buckets with these bounds.
-CONTINUOUS_BOUNDS: Final = tuple(tenth / 10 for tenth in range(21))
 
 MAX_PROBE_PROMPTS = 64
 MAX_PROBE_TOKENS = 256
@@ -198,9 +196,7 @@ class HeadMetadata(_Described):
 
         Its choices, or the upper bounds of buckets where temperatures are continuous.
         """
-        if not self.is_continuous:
-            return self.temperatures
-        return tuple(sorted({*CONTINUOUS_BOUNDS, *self.temperatures}))
+        return bound_means(self.temperatures) if self.is_continuous else self.temperatures
 
     @property
     def config(self) -> HeadConfig:
@@ -220,6 +216,14 @@ class HeadMetadata(_Described):
         except (ValidationError, KeyError):
             return None
         return shares if math.isclose(sum(shares), 1.0, abs_tol=1e-3) else None
+
+
+def bound_means(temperatures: Iterable[float]) -> tuple[float, ...]:
+    """The upper bounds of the buckets that means of these temperatures are counted in.
+
+    Tenths up to 2, the same for all heads so that they can be compared, and the temperatures.
+    """
+    return tuple(sorted({*(tenth / 10 for tenth in range(21)), *temperatures}))
 
 
 # Entries of `training`, by `select`.

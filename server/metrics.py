@@ -1,5 +1,6 @@
 """Every metric of the front end, declared once. They stand beside vLLM's own on /metrics."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from server.counted_histogram import CountedHistogram
 LABELS = ("model", "head", "level")
 # Where no head is loaded, for the learning-free policies.
 DEFAULT_BUCKETS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
+# The threshold of the alert `AdaptiveDrift`, which no shift by less than a bucket is to reach.
+_MOST = 0.5
 
 
 class AdaptiveMetrics:
@@ -37,7 +40,7 @@ class AdaptiveMetrics:
         self._model = model
         # By name, level and policy.
         self._series: dict[tuple[str, str, str], _Series] = {}
-        buckets = merge_buckets(head.temperatures for head in heads.values())
+        buckets = merge_buckets(head.bounds for head in heads.values())
         self._temperature = CountedHistogram(
             "adaptive_temperature",
             "Temperatures chosen, one observation per generated token. Of a cancelled answer, at "
@@ -62,7 +65,7 @@ class AdaptiveMetrics:
         self._info = Gauge(
             "adaptive_head_info",
             "The loaded heads; always 1.",
-            (*LABELS, "trained", "base_model", "temperatures"),
+            (*LABELS, "trained", "base_model", "temperatures", "select", "below_top"),
             registry=registry,
             multiprocess_mode="max",
         )
@@ -95,7 +98,7 @@ class AdaptiveMetrics:
         labels = self._model, name, head.level
         for histogram in (self._temperature, self._request_temperature):
             # A namesake's buckets may lack its temperatures.
-            missing = {*map(_round, head.temperatures)} - {*histogram.labels(*labels).bounds}
+            missing = {*map(_round, head.bounds)} - {*histogram.labels(*labels).bounds}
             if missing:
                 histogram.remove(*labels)
                 histogram.widen(missing)
@@ -103,11 +106,8 @@ class AdaptiveMetrics:
         self._request_temperature.labels(*labels)
         self._requests.labels(*labels, "head")
         self._info.labels(*labels, *_describe(head)).set(1)
-        if (shares := head.training_shares) is not None:
-            chosen = list(zip(map(_round, head.temperatures), shares, strict=True))
-            for bound in bounds:
-                share = sum(share for temperature, share in chosen if temperature <= bound)
-                self._training_share.labels(*labels, floatToGoString(bound)).set(share)
+        for bound, share in accumulate_shares(head, bounds).items():
+            self._training_share.labels(*labels, floatToGoString(bound)).set(share)
 
     def remove_head(self, name: str, head: HeadMetadata) -> None:
         """A head serves no longer. What it has chosen remains counted."""
@@ -165,11 +165,35 @@ class _Series:
     requests: Counter
 
 
-def merge_buckets(temperatures: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
-    """The temperatures of all heads, as bucket bounds; DEFAULT_BUCKETS where there are none."""
-    return tuple(sorted({_round(value) for head in temperatures for value in head})) or (
-        DEFAULT_BUCKETS
-    )
+def merge_buckets(bounds: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
+    """The bounds of all heads, as a histogram's; DEFAULT_BUCKETS where there are none."""
+    return tuple(sorted({_round(bound) for head in bounds for bound in head})) or DEFAULT_BUCKETS
+
+
+def accumulate_shares(head: HeadMetadata, bounds: Iterable[float]) -> dict[float, float]:
+    """Share of what a head served in training that is at most each of these bounds.
+
+    Where its temperatures are continuous, only at bounds of its own, and not at those that most of
+    the law lies next to: a shift of a hundredth could move all of it over such a bound.
+
+    Returns:
+        Nothing for a head that came without shares.
+    """
+    shares = head.training_shares
+    if shares is None:
+        return {}
+    own = [_round(bound) for bound in head.bounds]
+    steep = set()
+    if head.is_continuous:
+        pairs = zip(shares, (*shares[1:], 0.0), strict=True)
+        steep = {bound for bound, pair in zip(own, pairs, strict=True) if sum(pair) > _MOST}
+        bounds = [bound for bound in bounds if bound in own or math.isinf(bound)]
+    served = list(zip(own, shares, strict=True))
+    return {
+        bound: sum(share for value, share in served if value <= bound)
+        for bound in bounds
+        if bound not in steep
+    }
 
 
 def _round(temperature: float) -> float:
@@ -177,6 +201,13 @@ def _round(temperature: float) -> float:
     return round(temperature * MICRO) / MICRO
 
 
-def _describe(head: HeadMetadata) -> tuple[str, str, str]:
+def _describe(head: HeadMetadata) -> tuple[str, ...]:
     temperatures = " ".join(f"{value:g}" for value in head.temperatures)
-    return str(head.trained).lower(), head.base_model.name, temperatures
+    below_top = max(bound for bound in head.bounds if bound < head.temperatures[-1])
+    return (
+        str(head.trained).lower(),
+        head.base_model.name,
+        temperatures,
+        head.select,
+        floatToGoString(_round(below_top)),
+    )

@@ -61,8 +61,8 @@ class Arm:
         head: that it controls for, or that it is; None for those that all heads share.
         settings: by task, how to sample; a mapping gives every response a temperature.
         temperature: of `fixed` and `train`.
-        histograms: of a token-level `shuffled`: by task, how often each of the head's K
-            temperatures shall come.
+        histograms: of a token-level `shuffled`: by task, how often each of the head's `bounds`
+            is to come.
     """
 
     name: str
@@ -166,7 +166,7 @@ def plan_controls(
             seed = derive_seed(experiment.seed, "shuffle", head.name, task)
             shuffled[task] = shuffle_choices(choices, [r.key for r in of_task], seed)
         else:
-            histogram = count_choices(head.metadata.temperatures, choices)
+            histogram = count_choices(head.metadata, choices)
             histograms[task] = tuple(histogram.tolist())
             shuffled[task] = AdaptiveRequest(
                 head=name_shuffled_head(head.name, task), select="sample"
@@ -196,7 +196,7 @@ def save_shuffled_heads(arm: Arm, metadata: HeadMetadata, folder: Path) -> dict[
     """
     folders = {}
     for task, histogram in arm.histograms.items():
-        network = AdaptiveHead(HeadConfig(metadata.hidden_size, metadata.temperatures, ()))
+        network = AdaptiveHead(HeadConfig(metadata.hidden_size, metadata.bounds, ()))
         shares = torch.tensor(histogram, dtype=torch.float64) / sum(histogram)
         with torch.no_grad():
             for parameter in network.parameters():
@@ -236,17 +236,17 @@ def list_choices(level: str, responses: Iterable[Response]) -> list[float]:
     return [temperature for r in responses for temperature in r.temperatures]
 
 
-def count_choices(temperatures: Sequence[float], choices: Sequence[float]) -> np.ndarray:
-    """How often each of a head's temperatures was chosen; int64 [K].
+def count_choices(metadata: HeadMetadata, choices: Sequence[float]) -> np.ndarray:
+    """How often each of a head's `bounds` was chosen, or was nearest; int64 [bounds].
 
     Raises:
-        DataError: a choice is none of them.
+        DataError: a head chooses from a table, and a choice is not in it.
     """
-    table, values = np.asarray(temperatures), np.asarray(choices)
+    table, values = np.asarray(metadata.bounds), np.asarray(choices)
     # The worker rounds its choices to a millionth.
     nearest = np.clip(np.searchsorted((table[1:] + table[:-1]) / 2, values), 0, len(table) - 1)
     wrong = np.abs(table[nearest] - values) > 2 * 10.0**-MICRO_DIGITS
-    if wrong.any():
+    if wrong.any() and not metadata.is_continuous:
         raise DataError(f"{values[wrong][0]:g} is not a temperature of the head")
     return np.bincount(nearest, minlength=len(table))
 
@@ -278,7 +278,11 @@ def make_arm_key(
     }
     models = sorted({head.metadata.base_model.model_dump_json() for head in heads.values()})
     head = heads[arm.head] if arm.head and arm.kind in ("head", "self") else None
-    own = [head.weights, head.metadata.temperatures, head.metadata.level] if head else []
+    own: list[Any] = []
+    if head is not None:
+        own = [head.weights, head.metadata.temperatures, head.metadata.level]
+        # Answers that were kept before heads had a `select` are those of the likeliest.
+        own += [head.metadata.select] if head.metadata.select != "argmax" else []
     dtype = choose_dtype(experiment.engine.dtype)
     engine = [experiment.model, models, dtype, experiment.engine.options]
     return digest([experiment.seed, engine, of_tasks, arm.describe(), own])

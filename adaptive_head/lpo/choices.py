@@ -47,8 +47,8 @@ def describe_choices(
     for task in dict.fromkeys(response.task for response in answers):
         of_task = [response for response in answers if response.task == task]
         choices = list_choices(metadata.level, of_task)
-        counts = count_choices(metadata.temperatures, choices).tolist()
-        names = map(format_temperature, metadata.temperatures)
+        counts = count_choices(metadata, choices).tolist()
+        names = map(format_temperature, metadata.bounds)
         entry: dict[str, Any] = {
             "mean": float(np.mean(choices)),
             "std": float(np.std(choices)),

@@ -111,7 +111,7 @@ def build_results(
         average = None if is_one else comparison.compare_on_average(own, opponents, head.tasks)
         results["heads"][name] = {
             "level": head.metadata.level,
-            "temperatures": list(head.metadata.temperatures),
+            "temperatures": list(head.metadata.bounds),
             "weights": head.weights,
             "verdict": write_verdict(name, rows, average),
             "tasks": {task: {"rows": rows[task], "chosen": chosen[name][task]} for task in rows},

@@ -136,6 +136,7 @@ def train_head(
             "loss": recipe.loss,
             "recipe": recipe.model_dump(mode="json"),
             **asdict(result),
+            "expected_temperature_shares": trainer.share_expected_temperatures(),
             "history": [asdict(epoch) for epoch in fit.history],
             "provenance": provenance,
         },

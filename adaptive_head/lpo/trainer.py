@@ -21,6 +21,7 @@ from adaptive_head.lpo.losses import (
     weigh_positions,
 )
 from adaptive_head.lpo.pair_rows import ROWS_PER_CHUNK, Batch, PairRows, Rows
+from adaptive_head.metadata import bound_means
 
 # How a loss tells the better side; the losses that read one side only borrow Eq. 10's.
 _SCORES = {"eq11": score_eq11, "eq9": score_eq9, "centred": score_centred}
@@ -119,6 +120,20 @@ class Trainer:
             entropy_of_mean=torch.special.entr(mean).sum().item(),
             shares=tuple(shares.tolist()),
         )
+
+    @torch.no_grad()
+    def share_expected_temperatures(self) -> dict[str, float]:
+        """By upper bound, the share of the validation rows whose expected temperature is in each
+        of the buckets of `bound_means`."""
+        bounds = bound_means(self.recipe.temperatures)
+        chunks = self._validation.rows.hidden.split(ROWS_PER_CHUNK)
+        probabilities = torch.cat([self._compute_log_p(chunk) for chunk in chunks]).exp()
+        means = (probabilities @ self._temperatures).double().cpu()
+        # Means are served in millionths, so that one on a bound counts there.
+        edges = torch.tensor(bounds, dtype=torch.float64)
+        places = torch.bucketize(means.round(decimals=6), edges)
+        shares = places.clamp(max=len(bounds) - 1).bincount(minlength=len(bounds)) / len(means)
+        return dict(zip(map(str, bounds), shares.tolist(), strict=True))
 
     def _compute_log_p(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.network(hidden)

@@ -26,7 +26,7 @@ def add_now(dashboard: Dashboard) -> None:
     tokens = f"sum(rate(vllm:generation_tokens_total{{{VLLM}}}{RATE}))"
     adaptive = f"sum(rate(adaptive_temperature_count{{{MODEL}}}{RATE}))"
     active = 'ALERTS{alertname=~"Adaptive.+"}'
-    info = "model, head, level, trained, temperatures, base_model"
+    info = "model, head, level, select, trained, temperatures, base_model"
     columns = {label: label.replace("_", " ") for label in info.split(", ")}
     alerts = list_series(
         "Alerts",
@@ -132,7 +132,8 @@ def add_temperatures(dashboard: Dashboard) -> None:
         ),
         draw_lines(
             "Share at the highest temperature",
-            "Choices of the head's own highest temperature among those of the last ten minutes.",
+            "Choices of the head's own highest temperature, or of nearly that where it selects the "
+            "mean, among those of the last ten minutes.",
             (f"head:adaptive_top_share:ratio10m{{{HEAD}}}", "{{head}}"),
             unit="percentunit",
             maximum=1,

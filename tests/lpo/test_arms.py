@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from adaptive_head.checkpoint import load_head
+from adaptive_head.checkpoint import BaseModelIdentity, HeadMetadata, load_head
 from adaptive_head.head import gumbel_noise, select_sample
 from adaptive_head.lpo.arms import (
     count_choices,
@@ -218,16 +218,38 @@ def test_a_head_that_wrote_nothing_has_no_controls(heads):
         plan_controls(make_experiment(), heads["seq"], [respond("sums/test/0", 0, [])])
 
 
+def describe_head(*temperatures: float, select="argmax") -> HeadMetadata:
+    return HeadMetadata(
+        choices=temperatures,
+        level="token",
+        select=select,
+        hidden_size=8,
+        layer_sizes=(),
+        base_model=BaseModelIdentity(name="tiny"),
+        trained=True,
+        created="",
+        packages={},
+    )
+
+
 def test_choices_are_counted_however_the_worker_rounded_them():
     third = 1 / 3
     choices = [0.0, 0.333333, 0.333333, 1.7, 0.0000004]
-    assert count_choices((0.0, third, 1.7), choices).tolist() == [2, 2, 1]
+    assert count_choices(describe_head(0.0, third, 1.7), choices).tolist() == [2, 2, 1]
+
+
+def test_means_are_counted_by_the_nearest_bound():
+    head = describe_head(0.0, 1.0, select="mean")
+    counted = count_choices(head, [0.0, 0.04, 0.07, 0.66, 0.7, 0.999999, 1.0])
+    assert dict(zip(head.bounds, counted.tolist(), strict=True)) == (
+        dict.fromkeys(head.bounds, 0) | {0.0: 2, 0.1: 1, 0.7: 2, 1.0: 2}
+    )
 
 
 @pytest.mark.parametrize("choice", [0.32, 0.4, 1.8, -0.1])
 def test_a_temperature_that_is_not_the_heads_is_refused(choice):
     with pytest.raises(DataError, match=f"{choice:g} is not a temperature of the head"):
-        count_choices((0.0, 1 / 3, 1.7), [0.0, choice])
+        count_choices(describe_head(0.0, 1 / 3, 1.7), [0.0, choice])
 
 
 def change(experiment: Experiment, **changes) -> Experiment:

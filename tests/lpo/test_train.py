@@ -220,6 +220,7 @@ def test_the_head_says_how_it_was_made(tmp_path, tokens):
     assert len(training["history"]) == result.epochs + 1
     assert training["history"][0]["train_loss"] is None
     assert training["temperature_shares"].keys() == {"0.2", "0.6", "1.0"}
+    assert sum(training["expected_temperature_shares"].values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +273,12 @@ def test_the_result_is_what_the_saved_head_does_on_validation(tmp_path, tokens, 
     assert result.mean_temperature == pytest.approx(sum(chosen) / len(chosen))
     for temperature, share in result.temperature_shares.items():
         assert share == pytest.approx(chosen.count(float(temperature)) / len(chosen))
+    expected = (p @ torch.tensor(TEMPERATURES)).tolist()
+    training, below = load_head(tmp_path / "head").metadata.training, -1.0
+    for bound, share in training["expected_temperature_shares"].items():
+        num = sum(below < mean <= float(bound) for mean in expected)
+        assert share == pytest.approx(num / len(expected), abs=1 / len(expected))
+        below = float(bound)
 
 
 def test_ties_are_half_won(tmp_path):

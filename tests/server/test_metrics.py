@@ -1,16 +1,20 @@
+import math
 import os
 import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_head.options import parse_request, resolve_options
 from server.counted_histogram import CountedHistogram
-from server.metrics import DEFAULT_BUCKETS, AdaptiveMetrics, merge_buckets
+from server.metrics import DEFAULT_BUCKETS, AdaptiveMetrics, accumulate_shares, merge_buckets
 from tests.server.fakes import HEADS, describe_head, sample
 
 BUCKETS = (0.0, 0.5, 1.0)
@@ -116,6 +120,8 @@ def test_loaded_heads_are_described():
     assert sample(registry, info) == 2
     assert sample(registry, info, head="a", trained="true", base_model="base") == 1
     assert sample(registry, info, head="b", trained="false", temperatures="0 1.25") == 1
+    assert sample(registry, info, head="a", select="argmax", below_top="0.7") == 1
+    assert sample(registry, info, head="b", select="argmax", below_top="0.0") == 1
 
 
 def test_a_loaded_head_has_its_series_before_its_first_request():
@@ -137,6 +143,74 @@ def test_the_choices_of_training_are_there_to_compare_with():
     }
     expected = {"0.0": 0.25, "0.3": 0.25, "0.5": 0.25, "0.7": 0.75, "1.0": 1, "2.0": 1, "+Inf": 1}
     assert share == expected
+
+
+def read_training(registry) -> dict[float, float]:
+    return {
+        float(found.labels["le"]): found.value
+        for family in registry.collect()
+        for found in family.samples
+        if found.name == "adaptive_head_training_share"
+    }
+
+
+def describe_means(temperatures=(0.0, 1.0), **shares: float):
+    """A head that serves means, which in training were in these buckets: t07=1 is (0.6, 0.7]."""
+    names = {f"t{tenth:02}": str(tenth / 10) for tenth in range(21)}
+    found = dict.fromkeys(names.values(), 0.0) | {names[key]: v for key, v in shares.items()}
+    training = {"expected_temperature_shares": found} if shares else None
+    return describe_head(temperatures=temperatures, select="mean", training=training)
+
+
+def test_a_head_that_serves_means_has_buckets_of_a_tenth_and_its_choices():
+    heads = {"a": describe_head(temperatures=(0.35, 3.0), select="mean"), "tok": HEADS["tok"]}
+    registry, metrics = make_metrics(heads)
+    bounds = {
+        float(found.labels["le"])
+        for family in registry.collect()
+        for found in family.samples
+        if found.name == "adaptive_temperature_bucket"
+    }
+    tenths = {float(f"{ones}.{tenth}") for ones in (0, 1) for tenth in range(10)}
+    assert bounds == tenths | {2.0, 0.35, 3.0, math.inf}
+    metrics.count_tokens(resolve(), {650_001: 1, 700_000: 2})
+    bucket = "adaptive_temperature_bucket"
+    assert [sample(registry, bucket, head="tok", le=le) for le in ("0.6", "0.7")] == [0, 3]
+    # Its highest bucket, for the alert about the highest temperature.
+    assert sample(registry, "adaptive_head_info", head="a", select="mean", below_top="2.0") == 1
+
+
+def test_the_means_of_training_are_shown_where_a_small_shift_changes_little():
+    registry, _ = make_metrics({"a": describe_means(t02=0.2, t05=0.5, t06=0.1, t09=0.2)})
+    expected = {0.0: 0, 0.1: 0, 0.2: 0.2, 0.3: 0.2, 0.7: 0.8, 0.8: 0.8, 0.9: 1, 1.0: 1}
+    # Next to 0.5 lies more than half. 0.4 has no more than half next to it.
+    expected |= {0.4: 0.2, 0.6: 0.8} | {tenth / 10: 1 for tenth in range(10, 21)} | {math.inf: 1}
+    assert read_training(registry) == pytest.approx(expected)
+
+
+def test_a_law_in_one_bucket_is_shown_around_it_only():
+    registry, _ = make_metrics({"a": describe_means(t08=1.0), "b": describe_means((0.05, 1.0))})
+    shown = read_training(registry)
+    assert shown[0.6] == 0 and shown[0.9] == 1
+    assert not {0.7, 0.8} & shown.keys()
+    assert 0.05 not in shown, "a bucket of another head, which training did not count by"
+
+
+LAWS = st.lists(st.integers(0, 100), min_size=1, max_size=30)
+
+
+@given(LAWS, LAWS, st.integers(-9, 9))
+def test_no_shift_by_less_than_a_bucket_reaches_the_threshold_of_drift(first, second, shift):
+    """Temperatures in hundredths; each moves by less than a tenth, all in one direction."""
+    edges = np.arange(21) * 10
+    trained = np.array(first + second)
+    served = np.clip(trained + shift, 0, 100)
+    counts = np.bincount(np.searchsorted(edges, trained), minlength=21)
+    shares = {f"t{place:02}": count / len(trained) for place, count in enumerate(counts)}
+    shown = accumulate_shares(describe_means(**shares), (*(edges / 100).tolist(), math.inf))
+    assert shown.pop(math.inf) == pytest.approx(1)
+    for bound, share in shown.items():
+        assert abs(np.mean(served <= round(100 * bound)) - share) <= 0.5 + 1e-9
 
 
 def test_a_head_that_comes_later_has_buckets_of_its_own():
