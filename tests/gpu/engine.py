@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from adaptive_head import AdaptiveRequest, HeadConfig, Options, load_head, resolve_options
@@ -99,16 +100,11 @@ def make_adaptive(
     if fields.get("policy") == "two_phase":
         # Not by a bias of the logits, which vLLM does not have alongside drafts.
         params["allowed_token_ids"] = list(WORDS)
-    levels = {name: _Level(level) for name, level in LEVELS.items()}
-    options = resolve_options(AdaptiveRequest(**fields), levels, "tok", _tokenize)
+    heads = {name: SimpleNamespace(level=level, select="argmax") for name, level in LEVELS.items()}
+    options = resolve_options(AdaptiveRequest(**fields), heads, "tok", _tokenize)
     options = replace(options, generation=generation)
     params["extra_args"] = options.to_extra_args()
     return replace(make_request(prompt, num_tokens, seed, **params), options=options)
-
-
-@dataclass(frozen=True)
-class _Level:
-    level: Any
 
 
 def _tokenize(marker: str) -> list[int]:

@@ -7,18 +7,21 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
+from typing import get_args
 
 import pytest
 import torch
 
 from adaptive_head import AdaptiveHead, HeadConfig
+from adaptive_head.options import Level, PolicyName, Selection
 from adaptive_head.vllm import selector_v2
 from tests.gpu import benchmark, checks, graphs, kernels, loading, steps, tier1, tier2, timing
 from tests.gpu.checks import FAILED, NOT_RUN, OK, ROOT, SKIPPED, Check, Setting, run_checks
 from tests.gpu.command import run_tier
 from tests.gpu.engine import make_adaptive, make_request
 from tests.gpu.expectations import Alignment
-from tests.gpu.texts import make_options
+from tests.gpu.texts import SMALL, list_options, make_heads, make_options
 from tests.kernels.test_head_runner import FakeGraph
 
 ON_CPU = Setting("cpu", budget_s=60)
@@ -98,7 +101,7 @@ def test_a_check_that_does_not_fit_is_reported_and_not_passed(capsys, monkeypatc
 
 
 def test_tier_1_runs_on_a_cpu_and_without_vllm(tmp_path):
-    arguments = ["--device", "cpu", "--only", "kernels, float32", "--only", "graph replay"]
+    arguments = ["--device", "cpu", "--only", "logits kernels", "--only", "graph replay"]
     process = subprocess.run(
         [sys.executable, "-m", "tests.gpu.tier1", *arguments, "--json", tmp_path / "x.json"],
         cwd=ROOT,
@@ -109,9 +112,9 @@ def test_tier_1_runs_on_a_cpu_and_without_vllm(tmp_path):
     document = json.loads((tmp_path / "x.json").read_text())
     assert document["versions"]["torch"] == torch.__version__
     outcomes = {check["name"]: check for check in document["checks"]}
-    assert outcomes["kernels, float32"]["figures"]["rows"] > 100
+    assert 0 < outcomes["logits kernels"]["figures"]["scale_error"] < 1e-6
     assert outcomes["graph replay"]["outcome"] == SKIPPED
-    for name in ("kernels, float32", "graph replay"):
+    for name in ("logits kernels", "graph replay"):
         assert name in process.stdout
 
 
@@ -160,6 +163,21 @@ def cuda(monkeypatch):
     return modes
 
 
+def test_selectors_are_compared(cuda, few_requests):
+    figures = kernels.compare_selectors("cpu", "bfloat16")
+    # Two tokens in each of four rounds, without those of steps of ordinary requests alone.
+    assert figures["requests"] == 5 and 32 <= figures["rows"] <= 40
+
+
+def test_every_kind_of_request_is_compared():
+    options = list_options(make_heads(SMALL), SMALL)
+    kinds = {(one.policy, one.level, one.select) for one in options if one is not None}
+    selections = get_args(Selection)
+    assert kinds >= set(product(["head"], get_args(Level), selections))
+    assert {policy for policy, _, _ in kinds} == set(get_args(PolicyName))
+    assert None in options
+
+
 def test_graphs_are_compared_with_eager_heads(cuda):
     figures = graphs.compare_replay("cpu")
     assert figures["equal_bit_for_bit"] == figures["runs"] == 2 * len(graphs.NUM_ROWS) * 4
@@ -173,7 +191,7 @@ def test_a_graph_that_keeps_its_first_rows_is_found(cuda, monkeypatch):
 
 @pytest.fixture
 def few_requests(monkeypatch):
-    """A few kinds of requests, in the place of all."""
+    """A few kinds of requests instead of all, and short ones."""
     options = [
         None,
         make_options("head", name="first"),
@@ -183,6 +201,7 @@ def few_requests(monkeypatch):
     ]
     for module in (kernels, loading):
         monkeypatch.setattr(module, "list_options", lambda *_: options)
+        monkeypatch.setattr(module, "pick_sizes", lambda _: replace(SMALL, num_tokens=6))
 
 
 @pytest.mark.parametrize("check", [loading.load_between_steps, loading.load_after_last])
@@ -192,7 +211,7 @@ def test_heads_come_and_go(check, cuda):
 
 def test_steps_are_watched(cuda, few_requests):
     figures = loading.step_unsynchronised("cpu")
-    assert figures["rows"] > 50
+    assert figures["rows"] == 5 * 2 * 8
     assert cuda == ["default", "default", "error", "default"] * 4
 
 
