@@ -37,6 +37,8 @@ class Check:
         limit_s: after so many seconds it is killed, with everything that it started.
         arguments: keyword arguments of the function, besides `device`.
         needs_gpu: it is skipped on a CPU.
+        takes_limit: its function has an argument `limit_s`: when it has to end by itself, so that
+            what it has found until then counts.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Check:
     limit_s: float
     arguments: dict[str, Any] = field(default_factory=dict)
     needs_gpu: bool = False
+    takes_limit: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,12 @@ def _run_worker(
     check: Check, setting: Setting, limit_s: float, result: Path, log: Path
 ) -> int | None:
     """The exit code of the check's process; None where it had to be killed."""
+    arguments = {"device": setting.device} | check.arguments
+    if check.takes_limit:
+        arguments["limit_s"] = limit_s - MIN_SECONDS
     task = {
         "function": check.function,
-        "arguments": {"device": setting.device} | check.arguments,
+        "arguments": arguments,
         "blocked": setting.blocked,
         "result": str(result),
     }

@@ -13,6 +13,10 @@ def succeed(device: str, value: float = 1.0) -> dict[str, Any]:
     return {"device": device, "value": value}
 
 
+def show_limit(device: str, limit_s: float) -> dict[str, Any]:
+    return {"limit_s": limit_s}
+
+
 def fail(device: str) -> dict[str, Any]:
     print("before the failure")
     raise AssertionError("two\nlines")
