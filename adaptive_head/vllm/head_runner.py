@@ -1,8 +1,8 @@
-"""A head on the device: beside the LM head on a stream of its own, as CUDA graphs."""
+"""A head on the device: alongside the LM head on a stream of its own, as CUDA graphs."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -18,16 +18,18 @@ class SideStream:
     What is queued inside `fork` begins after what the current stream has been given; `join` lets
     the current stream wait for it. Its priority is high: a head is a few small products, which
     would otherwise queue behind every block of the LM head's.
-
-    Attributes:
-        pool: the memory of this stream's CUDA graphs, all heads'. They run one after the other, and
-            what one has chosen is read before the next begins.
     """
 
     def __init__(self, device: torch.device) -> None:
         is_cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device, priority=-1) if is_cuda else None
-        self.pool = torch.cuda.graph_pool_handle() if is_cuda else None
+        # One pool for the graphs of all heads: they run one after the other, and what one head has
+        # chosen is read before the next begins.
+        self._pool = torch.cuda.graph_pool_handle() if is_cuda else None
+        # Never destroyed. A pool without graphs is dead, and destroying a graph frees the cuBLAS
+        # workspace of its stream, which all graphs captured on that stream keep writing to
+        # (pytorch/pytorch#193402). The outputs and weights of a removed head are freed all the same.
+        self._graphs: list[torch.cuda.CUDAGraph] = []
         self._is_forked = False
 
     @contextmanager
@@ -48,6 +50,42 @@ class SideStream:
             torch.cuda.current_stream().wait_stream(self.stream)
             self._is_forked = False
 
+    def capture(
+        self, compute: Callable[[], torch.Tensor]
+    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Record as a graph what `compute` queues. Call inside `fork`.
+
+        Returns:
+            The graph, and the tensor that `compute` returned, which each replay overwrites.
+
+        Raises:
+            Whatever `compute` raises. Other graphs can be captured afterwards.
+        """
+        graph = torch.cuda.CUDAGraph()
+        self._graphs.append(graph)
+        try:
+            # Not `torch.cuda.graph`, which would collect garbage and wait for the device each time;
+            # and of this thread only: another of vLLM's threads waits for outputs of earlier steps.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            result = compute()
+        except BaseException:
+            self._abandon(graph)
+            raise
+        graph.capture_end()
+        return graph, result
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that has failed, and begin a new pool.
+
+        Ending it raises what CUDA says of a broken capture, which would hide the first error. Some
+        releases of PyTorch then leave the allocator recording into the pool.
+        """
+        with suppress(RuntimeError):
+            graph.capture_end()
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+
 
 class HiddenRows:
     """The hidden states that a step samples from, gathered where the graphs read them.
@@ -67,9 +105,15 @@ class HiddenRows:
         device: torch.device,
         has_graphs: bool,
     ) -> None:
+        self.max_rows = max_rows
         # Zeros, because a graph's padding reads rows that no step has written.
         num_rows = min(round_up(max_rows), MAX_GRAPH_ROWS) if has_graphs else 0
         self.buffer = torch.zeros(num_rows, hidden_size, dtype=dtype, device=device)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the buffer holds the largest step, so that no step runs without a graph."""
+        return self.max_rows <= len(self.buffer)
 
     def gather(self, hidden_states: torch.Tensor, logits_indices: torch.Tensor) -> torch.Tensor:
         """Some rows of [tokens, d]; in the buffer where they fit."""
@@ -81,7 +125,7 @@ class HiddenRows:
 
 
 class HeadRunner:
-    """Runs one head.
+    """Runs one head. It has run its largest step once it is made.
 
     Args:
         network: is copied.
@@ -91,6 +135,7 @@ class HeadRunner:
 
     Attributes:
         temperatures: float32 [K].
+        reserve_bytes: what a step without a graph allocates on top of the weights, at most.
     """
 
     def __init__(self, network: AdaptiveHead, rows: HiddenRows, stream: SideStream) -> None:
@@ -99,9 +144,15 @@ class HeadRunner:
         # A graph keeps the address of the weights, which are its own.
         self._network = convert(copy.deepcopy(network), dtype).to(buffer.device).eval()
         self.temperatures = torch.tensor(network.config.temperatures, device=buffer.device)
+        # Each width twice, before and after its SiLU or cast, in float32.
+        self.reserve_bytes = 0 if rows.has_room else rows.max_rows * 8 * sum(network.config.widths)
         self._address = buffer.data_ptr()
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         with torch.inference_mode(), stream.fork():
+            # PyTorch makes a workspace for cuBLAS at a stream's first product, and keeps it: it
+            # must exist before vLLM sizes its KV cache.
+            if not rows.has_room:
+                self._network(buffer.new_zeros(rows.max_rows, buffer.shape[1]))
             # The largest first: the smaller ones find room in its pool.
             for num_rows in reversed(graph_sizes(len(buffer))):
                 self._capture(buffer[:num_rows], stream)
@@ -127,15 +178,7 @@ class HeadRunner:
     def _capture(self, hidden: torch.Tensor, stream: SideStream) -> None:
         # Kernels are chosen and workspaces made before, not while, a graph is recorded.
         self._network(hidden)
-        graph = torch.cuda.CUDAGraph()
-        # Not `torch.cuda.graph`, which would collect garbage and wait for the device each time;
-        # and of this thread only: another one of vLLM's waits for the outputs of earlier steps.
-        graph.capture_begin(stream.pool, capture_error_mode="thread_local")
-        try:
-            scores = self._network(hidden)
-        finally:
-            graph.capture_end()
-        self._graphs[len(hidden)] = graph, scores
+        self._graphs[len(hidden)] = stream.capture(lambda: self._network(hidden))
 
 
 def convert(network: AdaptiveHead, dtype: torch.dtype) -> AdaptiveHead:

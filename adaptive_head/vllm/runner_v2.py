@@ -1,6 +1,6 @@
 """The V2 model runner's share: hidden states in, chosen temperatures out."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config.compilation import CUDAGraphMode
@@ -27,6 +27,7 @@ else:
 check_parameters(GPUModelRunner.sample, "self", "hidden_states", "input_batch", "grammar_output")
 check_parameters(GPUModelRunner.add_requests, "self", "scheduler_output")
 check_parameters(GPUModelRunner.finish_requests, "self", "scheduler_output")
+check_parameters(GPUModelRunner.profile_run, "self", "randomize_inputs")
 # `DecisionTensors` stands in for these two.
 check_parameters(SamplingMaskTensors.to_cpu_nonblocking, "self")
 check_parameters(SamplingMaskTensors.tolists, "self", "num_sampled_tokens")
@@ -40,7 +41,8 @@ class AdaptiveRunnerV2(_Stock):
     """
 
     adaptive: AdaptiveTemperature | None = None
-    # Bytes on the device: heads, their graphs and tables.
+    # Bytes on the device: heads, their graphs and tables. For benchmarks; vLLM, which sizes its KV
+    # cache by the memory that is free after its profiling, has no need to be told.
     heads_memory_usage = 0
 
     def load_heads(self, heads: dict[str, LoadedHead]) -> None:
@@ -56,12 +58,10 @@ class AdaptiveRunnerV2(_Stock):
                 "with speculative decoding adaptive temperatures need vLLM's own rejection "
                 f"sampler, found {type(self.rejection_sampler)}"
             )
-        # vLLM gives what is left of the memory to its KV cache, and must know of the heads.
         with DeviceMemoryProfiler() as memory:
             selector = self._make_selector(heads)
         if self.device.type != "cpu":
             self.heads_memory_usage = memory.consumed_memory
-            self.model_memory_usage += self.heads_memory_usage
         seeds = self.sampler.sampling_states.seeds
         self.adaptive = AdaptiveTemperature(self.req_states, seeds, selector)
         self.sampler.logits_processors.append(self.adaptive)
@@ -91,6 +91,13 @@ class AdaptiveRunnerV2(_Stock):
     def selector(self) -> DeviceSelector | None:
         """Where heads are added and removed; None on a rank that does not sample."""
         return self.adaptive and self.adaptive.selector
+
+    def profile_run(self, *args: Any, **kwargs: Any) -> None:
+        # What the heads allocate in a step comes on top of the model's peak: held meanwhile, it is
+        # part of what vLLM leaves free.
+        reserve = self.selector and self.selector.reserve()
+        super().profile_run(*args, **kwargs)
+        del reserve
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)

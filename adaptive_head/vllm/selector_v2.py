@@ -58,6 +58,11 @@ class DeviceSelector(SlotTable):
             del self._runners[index]
         return index
 
+    def reserve(self) -> torch.Tensor:
+        """As many bytes as a step may allocate for its heads, which run one after the other."""
+        num_bytes = max((runner.reserve_bytes for runner in self._runners.values()), default=0)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
     def begin(self, hidden_states: torch.Tensor, batch: Batch) -> "SelectedStep | None":
         """Choose for a step's rows, on the side stream, all but what needs the logits.
 

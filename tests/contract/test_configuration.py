@@ -238,7 +238,11 @@ def test_load_model_keeps_only_vllms_weights_in_the_pool_that_sleep_discards():
 
 OVERRIDDEN = [
     (AdaptiveRunnerV1, v1.GPUModelRunner, {"_update_states", "sample_tokens"}),
-    (AdaptiveRunnerV2, v2.GPUModelRunner, {"add_requests", "finish_requests", "sample"}),
+    (
+        AdaptiveRunnerV2,
+        v2.GPUModelRunner,
+        {"add_requests", "finish_requests", "profile_run", "sample"},
+    ),
 ]
 
 

@@ -6,6 +6,7 @@ failure after an upgrade says which line of `docs/vllm-coupling.md` is no longer
 
 import dataclasses
 import logging
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.sampling_params import SamplingParams
-from vllm.utils.mem_utils import DeviceMemoryProfiler
+from vllm.utils import mem_utils
 from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu import model_runner as v2
@@ -30,6 +31,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
 )
 from vllm.v1.worker.gpu_worker import Worker
 
+from adaptive_head.head import AdaptiveHead, HeadConfig
 from adaptive_head.options import Options
 from adaptive_head.selector import TemperatureSelector
 from adaptive_head.slots import ORDINARY
@@ -223,12 +225,79 @@ def test_v2_rows_without_anything_to_process_are_not_shown():
     )
 
 
-def test_v2_knows_the_memory_of_what_was_loaded_when_it_sizes_its_cache():
+class FakeMemory:
+    """A device of 100 bytes as `torch.accelerator` shows it; PyTorch holds what is not free."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.allocated = self.peak = 0
+        functions = {
+            "memory_stats": lambda _device: {
+                "allocated_bytes.all.peak": self.peak,
+                "allocated_bytes.all.current": self.allocated,
+            },
+            "get_memory_info": lambda _device: (100 - self.allocated, 100),
+            "memory_reserved": lambda _device: self.allocated,
+            "empty_cache": lambda: None,
+            "reset_peak_memory_stats": self.reset_peak,
+        }
+        for name, function in functions.items():
+            monkeypatch.setattr(torch.accelerator, name, function)
+        monkeypatch.setattr(mem_utils.current_platform, "is_integrated_gpu", lambda _index: False)
+
+    def allocate(self, num_bytes: int) -> None:
+        self.allocated += num_bytes
+        self.peak = max(self.peak, self.allocated)
+
+    def reset_peak(self, _device) -> None:
+        self.peak = self.allocated
+
+
+def test_vllm_sizes_its_cache_by_the_memory_that_is_free_after_profiling(monkeypatch):
+    """So what heads hold is counted because they are loaded before, whatever is said of them; and
+    what they allocate in a step if it is held during the profile."""
     assert_in_order(
-        v2.GPUModelRunner.load_model, "with DeviceMemoryProfiler() as m:", "m.consumed_memory"
+        Worker.determine_available_memory,
+        "memory_profiling(",
+        "self.model_runner.profile_run(",
+        "self.requested_memory - profile_result.non_kv_cache_memory",
     )
-    assert "self.model_runner.model_memory_usage" in source(Worker.determine_available_memory)
-    assert "self.consumed_memory" in source(DeviceMemoryProfiler.__exit__)
+    for weights_memory in (0, 30):
+        memory = FakeMemory(monkeypatch)
+        before = mem_utils.MemorySnapshot(device="cpu")
+        memory.allocate(20)  # the model
+        memory.allocate(7)  # the heads
+        with mem_utils.memory_profiling(before, weights_memory) as result:
+            memory.allocate(3)  # the reserve
+            memory.allocate(10)
+            memory.allocate(-13)
+        assert result.non_kv_cache_memory == 20 + 7 + 3 + 10
+
+
+def test_v2_holds_what_heads_allocate_in_a_step_while_vllm_profiles():
+    reserves, is_held = [], []
+
+    class Stock:
+        def profile_run(self, randomize_inputs=False):
+            is_held.extend(reserve() is not None for reserve in reserves)
+
+    def reserve() -> torch.Tensor:
+        made = torch.empty(3)
+        reserves.append(weakref.ref(made))
+        return made
+
+    runner = type("Runner", (AdaptiveRunnerV2, Stock), {})()
+    runner.profile_run()
+    runner.adaptive = SimpleNamespace(selector=SimpleNamespace(reserve=reserve))
+    runner.profile_run(randomize_inputs=True)
+    assert is_held == [True] and reserves[0]() is None
+
+
+def test_v2_reserves_for_the_largest_head_that_may_run_without_a_graph():
+    rows = HiddenRows(8, 600, torch.float32, CPU, has_graphs=False)
+    small, large = (AdaptiveHead(HeadConfig(8, (0.0, 1.0), (width,))) for width in (4, 16))
+    selector = DeviceSelector({"small": small, "large": large}, 4, rows)
+    assert selector.reserve().nbytes == 600 * 8 * (8 + 16 + 2)
+    assert DeviceSelector({}, 4, rows).reserve().nbytes == 0
 
 
 def test_v2_says_how_many_rows_a_step_can_have_and_whether_it_records_graphs():
@@ -312,6 +381,21 @@ def test_v2_stage_does_nothing_in_warm_up_and_profiling():
     logits = torch.ones(1, 2)
     assert stage.apply(logits, context_of([0])) is logits
     assert logits.tolist() == [[1.0, 1.0]] and stage.take_choices(torch.ones(1)) is None
+
+
+def test_v2_stage_survives_requests_of_vllms_own_warm_up(single_rank):
+    """They come before any step, in 0.33 in its memory profiling, too; later ones take their
+    slots."""
+    params = SamplingParams.for_sampler_warmup()
+    stage = make_stage()
+    assert not any(stage.add_request(slot, params) for slot in range(4))
+    stage.apply_staged_writes()
+    logits = torch.ones(4, 3)
+    assert stage.apply(logits, context_of([0, 1, 2, 3])) is logits
+    assert logits.tolist() == torch.ones(4, 3).tolist()
+    stage.add_request(2, params_of(constant(0.5)))
+    stage.apply_staged_writes()
+    assert apply(stage, torch.ones(2, 3), [2, 0]) == [500_000, ORDINARY]
 
 
 def test_v2_choice_of_a_sequence_survives_another_tenant_of_its_slot(single_rank):

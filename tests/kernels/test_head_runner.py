@@ -1,11 +1,13 @@
 """CUDA graphs, with a fake in the place of CUDA's: what is captured, replayed and padded."""
 
 import copy
+import gc
 import math
 from typing import ClassVar
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_head.head import AdaptiveHead, HeadConfig
 from adaptive_head.vllm import head_runner
@@ -23,14 +25,53 @@ from tests.test_selector import CPU, HEADS, WIDTH
 HEAD = HEADS["first"]
 
 
+class FakeDevice:
+    """PyTorch's allocator as graphs see it, after `CUDACachingAllocator.cpp` and `CUDAGraph.cpp`.
+
+    Attributes:
+        log: captures and replays.
+        pools: how many graphs keep each pool alive. A pool stays known when they are gone, and
+            the next capture into it fails an assertion.
+        recording: pools that allocations go to. Only the end of a capture that CUDA accepts removes
+            one: `cudaStreamEndCapture` is checked first.
+        workspace: of cuBLAS, of the one stream that captures here. Destroying a graph frees it.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.pools: dict[str, int] = {}
+        self.recording: set[str] = set()
+        self.workspace = object()
+        self.num_handles = 0
+
+    def make_pool(self) -> str:
+        self.num_handles += 1
+        return f"pool {self.num_handles}"
+
+    def stop_recording(self, _device: int, pool: str) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.recording.remove(pool)
+
+
 class FakeGraph:
     """Records the head's products, and makes them again with what its input then holds."""
 
-    log: ClassVar[list[str]] = []
+    device: ClassVar[FakeDevice]
+
+    def __init__(self) -> None:
+        self.pool = None
+        self.is_broken = self.is_whole = False
 
     def capture_begin(self, pool, capture_error_mode):
         assert capture_error_mode == "thread_local"
-        self.shared_pool = pool
+        if pool in self.device.pools and self.device.pools[pool] == 0:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        if pool in self.device.recording:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self.device.pools[pool] = self.device.pools.get(pool, 0) + 1
+        self.device.recording.add(pool)
+        self.pool, self.workspace = pool, self.device.workspace
         self.hook = torch.nn.modules.module.register_module_forward_hook(self.record)
 
     def record(self, module, inputs, output):
@@ -39,31 +80,66 @@ class FakeGraph:
 
     def capture_end(self):
         self.hook.remove()
-        self.log.append(f"captured {len(self.output)}")
+        if self.is_broken:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.device.recording.remove(self.pool)
+        self.is_whole = True
+        if hasattr(self, "output"):
+            self.device.log.append(f"captured {len(self.output)}")
 
     def replay(self):
-        self.log.append(f"replayed {len(self.output)}")
+        assert self.workspace is self.device.workspace, "an illegal memory access"
+        self.device.log.append(f"replayed {len(self.output)}")
         self.output.copy_(self.module(*self.inputs))
+
+    def __del__(self):
+        if self.is_whole:
+            self.device.pools[self.pool] -= 1
+            self.device.workspace = object()
+
+
+class FakeStream:
+    def __init__(self, name="", log=None):
+        self.name, self.log = name, [] if log is None else log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def __enter__(self):
+        self.log.append(f"on {self.name}")
+
+    def __exit__(self, *_):
+        self.log.append(f"off {self.name}")
 
 
 @pytest.fixture
-def graphs(monkeypatch):
-    FakeGraph.log.clear()
+def device(monkeypatch):
+    found = FakeDevice()
+    monkeypatch.setattr(FakeGraph, "device", found, raising=False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    return FakeGraph.log
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", found.make_pool)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: FakeStream())
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", found.stop_recording, raising=False)
+    return found
+
+
+@pytest.fixture
+def graphs(device):
+    return device.log
 
 
 def make_runner(max_rows: int, has_graphs: bool = True) -> tuple[HeadRunner, HiddenRows]:
     rows = HiddenRows(WIDTH, max_rows, torch.float32, CPU, has_graphs)
-    stream = SideStream(CPU)
-    stream.pool = "pool"
-    return HeadRunner(HEAD, rows, stream), rows
+    return HeadRunner(HEAD, rows, SideStream(torch.device("cuda"))), rows
 
 
 def test_a_graph_for_every_power_of_two_up_to_the_largest_step(graphs):
     runner, _ = make_runner(24)
     assert graphs == [f"captured {size}" for size in (32, 16, 8, 4, 2, 1)]
-    assert [graph.shared_pool for graph, _ in runner._graphs.values()] == ["pool"] * 6
+    assert {graph.pool for graph, _ in runner._graphs.values()} == {"pool 1"}
     make_runner(24, has_graphs=False)
     assert len(graphs) == 6
 
@@ -116,20 +192,6 @@ def test_sizes_of_graphs():
     assert math.log2(MAX_GRAPH_ROWS).is_integer(), "else the largest step finds no graph"
 
 
-class FakeStream:
-    def __init__(self, name, log):
-        self.name, self.log = name, log
-
-    def wait_stream(self, other):
-        self.log.append(f"{self.name} waits for {other.name}")
-
-    def __enter__(self):
-        self.log.append(f"on {self.name}")
-
-    def __exit__(self, *_):
-        self.log.append(f"off {self.name}")
-
-
 def test_the_side_stream_begins_after_the_main_one_which_waits_for_it_once(monkeypatch):
     log = []
     main = FakeStream("main", log)
@@ -147,3 +209,135 @@ def test_the_side_stream_begins_after_the_main_one_which_waits_for_it_once(monke
     stream.join()
     stream.join()
     assert log == ["side waits for main", "on side", "work", "off side", "main waits for side"]
+
+
+# --- heads that come, fail and go ----------------------------------------------------------------
+
+
+class Loads:
+    """Heads that share a stream, as those of an engine do."""
+
+    def __init__(self) -> None:
+        self.rows = HiddenRows(WIDTH, 4, torch.float32, CPU, has_graphs=True)
+        self.stream = SideStream(torch.device("cuda"))
+
+    def load(self, head: AdaptiveHead = HEAD) -> HeadRunner:
+        return HeadRunner(head, self.rows, self.stream)
+
+    def assert_runs(self, runner: HeadRunner, head: AdaptiveHead = HEAD) -> None:
+        tokens = torch.randn(3, WIDTH)
+        scores = runner.run(self.rows.gather(tokens, torch.arange(3)))
+        assert torch.allclose(scores[:3], head(tokens), atol=1e-5)
+
+
+class FailingHead(AdaptiveHead):
+    """Fails the second time that it runs: the first is a warm-up, the second is captured."""
+
+    num_runs = 0
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        type(self).num_runs += 1
+        if self.num_runs > 1:
+            self.fail()
+        return super().forward(hidden)
+
+    def fail(self) -> None:
+        raise MemoryError("no memory for the head")
+
+
+class BreakingHead(FailingHead):
+    """Does what CUDA forbids in a capture, which cannot be ended without another error."""
+
+    def fail(self) -> None:
+        graph = next(g for g in gc.get_objects() if type(g) is FakeGraph and not g.is_whole)
+        graph.is_broken = True
+        raise MemoryError("no memory for the head")
+
+
+@pytest.mark.usefixtures("device")
+def test_a_head_can_be_loaded_when_the_last_one_is_gone():
+    loads = Loads()
+    runner = loads.load()
+    del runner
+    loads.assert_runs(loads.load())
+
+
+def test_heads_keep_their_graphs_when_another_is_removed(device):
+    loads = Loads()
+    kept, removed = loads.load(), loads.load(HEADS["second"])
+    del removed
+    loads.assert_runs(kept)
+    assert {graph.pool for graph, _ in kept._graphs.values()} == {"pool 1"}
+
+
+@pytest.mark.parametrize("failing", [FailingHead, BreakingHead])
+def test_a_load_that_fails_says_why_and_leaves_room_for_others(device, failing, monkeypatch):
+    monkeypatch.setattr(failing, "num_runs", 0)
+    loads = Loads()
+    with pytest.raises(MemoryError, match="no memory for the head"):
+        loads.load(failing(HEAD.config))
+    assert not device.recording, "the allocator still records"
+    first = loads.load()
+    monkeypatch.setattr(failing, "num_runs", 0)
+    with pytest.raises(MemoryError):
+        loads.load(failing(HEAD.config))
+    loads.assert_runs(first)
+    loads.assert_runs(loads.load(HEADS["second"]), HEADS["second"])
+    assert not device.recording
+
+
+# --- steps without a graph -----------------------------------------------------------------------
+
+
+def note_rows(monkeypatch) -> list[int]:
+    num_rows = []
+    forward = AdaptiveHead.forward
+
+    def noting(self, hidden):
+        num_rows.append(len(hidden))
+        return forward(self, hidden)
+
+    monkeypatch.setattr(AdaptiveHead, "forward", noting)
+    return num_rows
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(("max_rows", "has_graphs"), [(300, False), (700, True)])
+def test_a_head_runs_its_largest_step_before_memory_is_measured(monkeypatch, max_rows, has_graphs):
+    """In eager mode, and where steps are larger than any graph."""
+    num_rows = note_rows(monkeypatch)
+    runner, _ = make_runner(max_rows, has_graphs)
+    assert num_rows[0] == max_rows
+    assert runner.reserve_bytes > 0
+
+
+def test_a_head_whose_graphs_hold_every_step_reserves_nothing(device, monkeypatch):
+    num_rows = note_rows(monkeypatch)
+    runner, _ = make_runner(24)
+    assert max(num_rows) == 32 and runner.reserve_bytes == 0
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of what is made inside, as if nothing were freed before the end."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        if isinstance(result, torch.Tensor):
+            storage = result.untyped_storage()
+            if storage.data_ptr() not in inputs:
+                self.num_bytes += storage.nbytes()
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_a_step_without_a_graph_allocates_is_reserved(dtype):
+    rows = HiddenRows(WIDTH, 100, dtype, CPU, has_graphs=False)
+    runner = HeadRunner(HEAD, rows, SideStream(CPU))
+    runner._network = convert(copy.deepcopy(HEAD), dtype)
+    tokens = torch.randn(120, WIDTH).to(dtype)
+    with Allocations() as allocations:
+        runner.run(rows.gather(tokens, torch.arange(100)))
+    assert 0.3 * runner.reserve_bytes < allocations.num_bytes <= runner.reserve_bytes
