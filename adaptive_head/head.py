@@ -125,6 +125,20 @@ def select_sample(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return (logits + noise).argmax(dim=-1)
 
 
+def select_mean(logits: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
+    """The expected temperature, sum over k of P(tau_k | h_t) tau_k.
+
+    Args:
+        logits: float32 [rows, K]. NaN, of a broken hidden state, is taken for very unlikely.
+        temperatures: float32 [K].
+
+    Returns:
+        float32 [rows], never NaN.
+    """
+    probabilities = logits.nan_to_num(nan=torch.finfo(logits.dtype).min).softmax(dim=-1)
+    return (probabilities * temperatures).sum(dim=-1)
+
+
 # Odd 64-bit constants of SplitMix64 (Steele, Lea and Flood 2014), as signed integers.
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)

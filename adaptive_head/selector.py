@@ -11,8 +11,16 @@ import numpy as np
 import torch
 
 from adaptive_head import policies
-from adaptive_head.head import AdaptiveHead, gumbel_noise, select_argmax, select_sample
-from adaptive_head.slots import MICRO, ORDINARY, Column, PolicyIndex, SlotTable, to_micro
+from adaptive_head.head import AdaptiveHead, gumbel_noise, select_argmax, select_mean, select_sample
+from adaptive_head.slots import (
+    MICRO,
+    ORDINARY,
+    Column,
+    PolicyIndex,
+    SelectionIndex,
+    SlotTable,
+    to_micro,
+)
 from adaptive_head.transfer import upload
 
 
@@ -147,14 +155,21 @@ class TemperatureSelector(SlotTable):
 
         def choose(step: Step, options: torch.Tensor) -> torch.Tensor:
             logits = head(step.hidden)
+            selections = options[:, Column.SELECTION]
+            selections_np = self._options_np[step.slots_np, Column.SELECTION]
             choice = select_argmax(logits)
-            if self._options_np[step.slots_np, Column.IS_SAMPLED].any():
+            if (selections_np == SelectionIndex.SAMPLE).any():
                 noise = gumbel_noise(self.seeds[step.slots], step.positions, len(table))
-                is_sampled = options[:, Column.IS_SAMPLED] != 0
+                is_sampled = selections == SelectionIndex.SAMPLE
                 choice = torch.where(is_sampled, select_sample(logits, noise), choice)
-            is_new = self.chosen[step.slots].isnan() & step.is_ready
-            self.counts[index].index_add_(0, choice, is_new.long())
-            return table[choice]
+            temperatures = table[choice]
+            is_counted = self.chosen[step.slots].isnan() & step.is_ready
+            if (selections_np == SelectionIndex.MEAN).any():
+                is_mean = selections == SelectionIndex.MEAN
+                temperatures = torch.where(is_mean, select_mean(logits, table), temperatures)
+                is_counted &= ~is_mean
+            self.counts[index].index_add_(0, choice, is_counted.long())
+            return temperatures
 
         return choose
 

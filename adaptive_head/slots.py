@@ -26,13 +26,21 @@ class Column(IntEnum):
     """Columns of the table of options, one row a slot."""
 
     IS_SEQUENCE = 0
-    IS_SAMPLED = 1
+    SELECTION = 1
     SCALE = 2
     MIN = 3
     MAX = 4
     PARAMETER_0 = 5
     PARAMETER_1 = 6
     PARAMETER_2 = 7
+
+
+class SelectionIndex(IntEnum):
+    """How a head's distribution becomes a temperature; see `Options.select`."""
+
+    ARGMAX = 0
+    SAMPLE = 1
+    MEAN = 2
 
 
 class PolicyIndex(IntEnum):
@@ -132,8 +140,9 @@ class SlotTable:
     def count_choices(self) -> list[HeadCounts]:
         """How often each head has chosen each of its temperatures.
 
-        Before scale and bounds: once a token, or once an answer at the sequence level. Waits for
-        the device; for operators and tests, not for a step.
+        Before scale and bounds: once per token, or once per answer at the sequence level. A mean
+        is none of them and is not counted. Waits for the device; for operators and tests, not for
+        a step.
         """
         counts = self.counts.tolist()
         return [
@@ -183,7 +192,7 @@ class SlotTable:
         policy = self._index[_find_key(options)]
         row = np.zeros(len(Column), dtype=np.float32)
         row[Column.IS_SEQUENCE] = options.level == "sequence"
-        row[Column.IS_SAMPLED] = options.select == "sample"
+        row[Column.SELECTION] = SelectionIndex[options.select.upper()]
         row[Column.SCALE] = options.scale
         row[Column.MIN] = options.min
         row[Column.MAX] = options.max

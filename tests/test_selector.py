@@ -102,6 +102,9 @@ def slow_policy(row: Row, options: Options) -> float:
         case "head":
             head = HEADS[options.name]
             scores = reference.mlp(head.state_dict(), row.hidden).tolist()
+            if options.select == "mean":
+                shares = reference.softmax(scores)
+                return math.fsum(map(math.prod, zip(shares, head.config.temperatures, strict=True)))
             if options.select == "sample":
                 scores = [
                     score + reference.gumbel(request.seed, row.position, choice)
@@ -195,7 +198,7 @@ def random_options(rng: random.Random) -> Options | None:
         changes["marker_token_ids"] = rng.choice([(MARKER,), (1, 2), (1, 1, MARKER), (2,) * 4])
         changes["start_token_ids"] = rng.choice([(START,), (2, 1), (), (MARKER, START, START)])
     if policy == "head":
-        changes["select"] = rng.choice(["argmax", "sample"])
+        changes["select"] = rng.choice(["argmax", "sample", "mean"])
         return make_options("head", rng.choice(list(HEADS)), **changes)
     return make_options(policy, **changes)
 
@@ -301,6 +304,72 @@ def test_random_batches_agree_with_the_reference(seed):
 @pytest.fixture
 def selector() -> TemperatureSelector:
     return TemperatureSelector(HEADS, 8, CPU)
+
+
+# Level, select; what a head with the probabilities 1/2, 1/3 and 1/6 makes of its temperatures 0, 0.6
+# and 1.2; how many of three tokens it is counted for. The draws are those of seed 5.
+SELECTIONS = [
+    ("token", "argmax", [0.0, 0.0, 0.0], 3),
+    ("token", "sample", [1.2, 1.2, 0.0], 3),
+    ("token", "mean", [0.4, 0.4, 0.4], 0),
+    ("sequence", "argmax", [0.0, 0.0, 0.0], 1),
+    ("sequence", "sample", [1.2, 1.2, 1.2], 1),
+    ("sequence", "mean", [0.4, 0.4, 0.4], 0),
+]
+
+
+def make_known_head() -> AdaptiveHead:
+    head = AdaptiveHead(HeadConfig(WIDTH, (0.0, 0.6, 1.2), (4,)))
+    with torch.no_grad():
+        head.layers[-1].weight.zero_()
+        head.layers[-1].bias.copy_(torch.tensor([3.0, 2.0, 1.0]).log())
+    return head
+
+
+def check_selection(make_selector, level, select_by, expected, num_counted) -> None:
+    """Three tokens of one request, and of another that scales and bounds them."""
+    selector = make_selector({"known": make_known_head()}, 2, CPU)
+    options = make_options("head", "known", level=level, select=select_by)
+    bounded = replace(options, scale=1.5, min=0.1, max=0.8)
+    rows = [add(selector, slot, option, seed=5) for slot, option in enumerate((options, bounded))]
+    chosen = []
+    for _ in range(3):
+        chosen.append(select(selector, *rows))
+        rows = [generate(row, 4) for row in rows]
+    assert [free for free, _ in chosen] == approximately(expected)
+    scaled = [min(max(1.5 * value, 0.1), 0.8) for value in expected]
+    assert [within for _, within in chosen] == approximately(scaled)
+    (head,) = selector.count_choices()
+    assert sum(head.counts.values()) == 2 * num_counted
+
+
+@pytest.mark.parametrize(("level", "select_by", "expected", "num_counted"), SELECTIONS)
+def test_every_way_to_select_at_every_level(level, select_by, expected, num_counted):
+    check_selection(TemperatureSelector, level, select_by, expected, num_counted)
+
+
+def check_broken_states(make_selector) -> None:
+    """NaN and infinity, of a broken model, still give temperatures of the head's range."""
+    selector = make_selector(HEADS, 3, CPU)
+    for select_by in ("argmax", "sample", "mean"):
+        options = make_options("head", "first", select=select_by)
+        rows = [add(selector, slot, options) for slot in range(3)]
+        for row, value in zip(rows, (math.nan, math.inf, -math.inf), strict=True):
+            row.hidden = np.full(WIDTH, value, dtype=np.float32)
+        assert all(0.0 <= value <= 1.0 for value in select(selector, *rows)), select_by
+
+
+def test_a_broken_hidden_state_still_chooses_a_temperature_of_the_head():
+    check_broken_states(TemperatureSelector)
+
+
+def test_a_mean_of_nothing_but_zero_is_greedy():
+    head = make_constant_head(1.0)
+    with torch.no_grad():
+        head.layers[-1].bias.neg_()
+    selector = TemperatureSelector({"h": head}, 1, CPU)
+    row = add(selector, 0, make_options("head", "h", select="mean"))
+    assert select(selector, row) == [0.0]
 
 
 def test_an_ordinary_batch_returns_nothing(selector):
@@ -801,7 +870,7 @@ def any_options(draw) -> Options | None:
     return make_options(
         policy,
         draw(st.sampled_from(list(HEADS))) if policy == "head" else None,
-        select=draw(st.sampled_from(["argmax", "sample"])),
+        select=draw(st.sampled_from(["argmax", "sample", "mean"])),
         level=draw(st.sampled_from(["token", "sequence"] if policy in LEVELLED else ["token"])),
         scale=draw(st.floats(1e-6, 10.0)),
         min=low,

@@ -75,7 +75,8 @@ class AdaptiveWorker(PlatformWorker):
 
     def count_choices(self) -> list[tuple[str, int, dict[float, int]]] | None:
         """Name and generation of each head here, and how often it has chosen each of its
-        temperatures, before scale and bounds; None on a rank that does not sample."""
+        temperatures (a mean is none of them), before scale and bounds; None on a rank that does
+        not sample."""
         if (selector := self.model_runner.selector) is None:
             return None
         return [(head.name, head.generation, head.counts) for head in selector.count_choices()]

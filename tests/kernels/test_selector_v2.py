@@ -105,7 +105,10 @@ def test_two_selectors_agree_to_the_millionth():
                 for row, token in zip(rows[index], next_tokens, strict=True)
             ]
         assert (chosen[0] - chosen[1]).abs().max() <= 20
-        exact = [o is None or o.policy in ("head", "constant", "two_phase") for o in everything]
+        exact = [
+            o is None or (o.policy in ("head", "constant", "two_phase") and o.select != "mean")
+            for o in everything
+        ]
         assert torch.equal(chosen[0][exact], chosen[1][exact])
     torch_counts, device_counts = (selector.count_choices() for selector in selectors)
     assert torch_counts == device_counts
@@ -140,11 +143,12 @@ def test_a_removed_head_takes_no_requests_and_disturbs_none():
 
 
 def test_a_broken_hidden_state_still_chooses_a_temperature_of_the_head():
-    selector = OneRowSelector(HEADS, 1, CPU)
-    row = plain.add(selector, 0, make_options("head", "first"))
-    row.hidden = np.full(WIDTH, np.nan, dtype=np.float32)
-    (chosen,) = plain.select(selector, row)
-    assert chosen in HEADS["first"].config.temperatures
+    plain.check_broken_states(OneRowSelector)
+
+
+@pytest.mark.parametrize(("level", "select_by", "expected", "num_counted"), plain.SELECTIONS)
+def test_every_way_to_select_at_every_level(level, select_by, expected, num_counted):
+    plain.check_selection(OneRowSelector, level, select_by, expected, num_counted)
 
 
 def test_heads_beyond_the_first_tables_are_counted():
@@ -207,6 +211,8 @@ def test_rejected_drafts_leave_no_trace():
         make_options("schedule", parameters=(1.0, 0.2, 9.0)),
         make_options("head", "first", select="sample"),
         make_options("head", "second", level="sequence"),
+        make_options("head", "first", select="mean"),
+        make_options("head", "second", level="sequence", select="mean"),
     ]
     text = [2, 1, 1, MARKER, 3, START, 2, 1, MARKER, 4, 1, 1, MARKER, MARKER, START, 1, 2, 3, 1, 2]
     states = rng.normal(size=(len(text), WIDTH)).astype(np.float32) * 3

@@ -1,17 +1,20 @@
-"""From a head's logits to a temperature a row: the likeliest, or a draw."""
+"""From a head's logits to one temperature per row: the likeliest, a draw, or the mean."""
 
 import torch
 import triton
 import triton.language as tl
 
 from adaptive_head.head import MAX_NUM_TEMPERATURES
-from adaptive_head.slots import Column, SlotTable
+from adaptive_head.slots import Column, SelectionIndex, SlotTable
 from adaptive_head.vllm.kernels.batch import NO_PICK, Batch, Choices
 from adaptive_head.vllm.kernels.temperatures import bound, prefer_chosen
 
 _NO_PICK = tl.constexpr(NO_PICK)
 _NUM_COLUMNS = tl.constexpr(len(Column))
-_IS_SAMPLED = tl.constexpr(int(Column.IS_SAMPLED))
+_SELECTION = tl.constexpr(int(Column.SELECTION))
+_SAMPLE = tl.constexpr(float(SelectionIndex.SAMPLE))
+_MEAN = tl.constexpr(float(SelectionIndex.MEAN))
+_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _MAX_CHOICES = tl.constexpr(MAX_NUM_TEMPERATURES)
 # The constants of SplitMix64, as in `adaptive_head.head`.
 _STEP = tl.constexpr(0x9E3779B97F4A7C15)
@@ -61,22 +64,28 @@ def _choose_by_head_kernel(
     chosen = tl.load(chosen_ptr + slot)
     seed = tl.load(seeds_ptr + slot)
     options_ptr += slot * _NUM_COLUMNS
-    is_sampled = tl.load(options_ptr + _IS_SAMPLED) != 0.0
+    selection = tl.load(options_ptr + _SELECTION)
     lane = tl.arange(0, _MAX_CHOICES)
+    is_choice = lane < num_choices
+    temperatures = tl.load(temperatures_ptr + lane, mask=is_choice, other=0.0)
 
     for row in range(first_row, end_row):
-        scores = tl.load(
-            scores_ptr + row * num_choices + lane,
-            mask=lane < num_choices,
-            other=float("-inf"),
-        )
-        # A broken hidden state must not become an index out of bounds.
-        scores = tl.where(scores == scores, scores, float("-inf"))
-        if is_sampled:
-            position = tl.load(positions_ptr + tl.load(logits_indices_ptr + row))
-            scores = scores + _gumbel_noise(seed, position, lane)
-        pick = tl.argmax(scores, axis=0)
-        micro = bound(tl.load(temperatures_ptr + pick), options_ptr)
+        scores = tl.load(scores_ptr + row * num_choices + lane, mask=is_choice, other=0.0)
+        # A broken hidden state must become neither an index out of bounds nor NaN.
+        scores = tl.where(scores == scores, scores, -_LARGEST)
+        scores = tl.minimum(tl.maximum(scores, -_LARGEST), _LARGEST)
+        scores = tl.where(is_choice, scores, float("-inf"))
+        if selection == _MEAN:
+            weights = tl.exp(scores - tl.max(scores, axis=0))
+            temperature = tl.sum(weights * temperatures, axis=0) / tl.sum(weights, axis=0)
+            pick = tl.full((), _NO_PICK, tl.int32)
+        else:
+            if selection == _SAMPLE:
+                position = tl.load(positions_ptr + tl.load(logits_indices_ptr + row))
+                scores = scores + _gumbel_noise(seed, position, lane)
+            pick = tl.argmax(scores, axis=0)
+            temperature = tl.load(temperatures_ptr + pick)
+        micro = bound(temperature, options_ptr)
         tl.store(micros_ptr + row, prefer_chosen(chosen, micro))
         tl.store(picks_ptr + row, tl.where(chosen == chosen, _NO_PICK, pick))
 
