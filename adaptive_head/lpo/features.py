@@ -19,7 +19,7 @@ from adaptive_head.lpo.records import DataError, Response
 from adaptive_head.options import Level
 
 # Raise this with every change to what a cache holds: older ones are then not found.
-CACHE_VERSION: Final = 1
+CACHE_VERSION: Final = 2
 # Temperatures travel from the worker as millionths.
 _MICRO = 1_000_000
 

@@ -16,32 +16,37 @@ _CHUNK_ELEMENTS = 2**24
 
 
 class FrozenModel:
-    """A causal LM in two halves: the transformer, and what makes logits of its hidden states.
+    """A causal LM in two halves, on either side of what enters its output layer.
 
-    The second half is the model's own `forward` around a transformer that returns given states.
-    So logits can be had for chosen positions and in chunks, and are scaled, capped and biased as
-    the model does it, whatever its family.
+    That tensor is the hidden state that a head reads. Some families scale or normalise the
+    transformer's last hidden state on the way there, so it is taken where it arrives. Both halves
+    are the model's own `forward` around a transformer that returns given states. So logits can be
+    had for chosen positions and in chunks, and are capped and biased as the model does it, whatever
+    its family.
 
-    It runs on the GPU if there is one, in the dtype of its checkpoint, or in float32 on a CPU that
-    has no instructions for bfloat16.
+    It runs on the GPU if there is one.
 
     Args:
         folder: of the model.
+        dtype: in which it runs. `auto` is its checkpoint's, or float32 on a CPU that has no
+            instructions for bfloat16.
 
     Attributes:
-        unembedding: the output layer's weight [vocab, d], in the model's dtype, where the model
-            runs.
+        unembedding: the output layer's weight [vocab, d], in the model's dtype, where it runs.
         hidden_size: d.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str = "auto") -> None:
         # Imported here: it takes seconds, and a cache needs none of it.
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=choose_dtype()).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=choose_dtype(dtype)).eval()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.requires_grad_(False).to(self._device)
-        self.unembedding: torch.Tensor = model.get_output_embeddings().weight.detach()
+        output_layer = model.get_output_embeddings()
+        self.unembedding: torch.Tensor = output_layer.weight.detach()
+        self._exchange = _Exchange()
+        output_layer.register_forward_pre_hook(self._exchange)
         self._vocab, self.hidden_size = self.unembedding.shape
         self._transformer = model.base_model
         self._given = _Given()
@@ -83,18 +88,12 @@ class FrozenModel:
         width = max(map(len, texts))
         input_ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
         mask = torch.tensor([[1] * len(t) + [0] * (width - len(t)) for t in texts])
-        output = self._transformer(
-            input_ids=input_ids.to(self._device),
-            attention_mask=mask.to(self._device),
-            use_cache=False,
-        )
+        entering = self._read_states(input_ids.to(self._device), mask.to(self._device))
         lengths = [len(response.token_ids) for response in batch]
         hidden = torch.cat(
             [
                 states[len(text) - length : len(text)]
-                for states, text, length in zip(
-                    output.last_hidden_state, texts, lengths, strict=True
-                )
+                for states, text, length in zip(entering, texts, lengths, strict=True)
             ]
         )
         logprobs = torch.full((len(hidden), len(temperatures)), torch.nan)
@@ -108,10 +107,26 @@ class FrozenModel:
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [rows, d], in the model's dtype -> float32 logits [rows, vocab]."""
-        self._given.output.last_hidden_state = hidden.unsqueeze(0).to(self._device)
+        given = hidden.unsqueeze(0).to(self._device)
+        self._given.output.last_hidden_state = self._exchange.given = given
         positions = torch.zeros(1, len(hidden), dtype=torch.long, device=self._device)
         logits: torch.Tensor = self._model(input_ids=positions, use_cache=False).logits
         return logits[0].float()
+
+    @torch.inference_mode()
+    def read_states(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """The hidden states of one text, [tokens, d] in the model's dtype, on the CPU."""
+        input_ids = torch.tensor([token_ids], device=self._device)
+        return self._read_states(input_ids, torch.ones_like(input_ids))[0].cpu()
+
+    def _read_states(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What enters the output layer, [batch, tokens, d]."""
+        self._given.output = self._transformer(
+            input_ids=input_ids, attention_mask=mask, use_cache=False
+        )
+        self._exchange.given = None
+        self._model(input_ids=input_ids, use_cache=False)
+        return self._exchange.entering
 
     def _compute_logprobs(
         self, hidden: torch.Tensor, token_ids: torch.Tensor, temperatures: tuple[float, ...]
@@ -166,6 +181,22 @@ def find_model_folder(model: Path | str) -> Path:
     """
     folder = Path(model)
     return folder if folder.is_dir() else find_language_model(str(model)).folder
+
+
+class _Exchange:
+    """Takes what enters the output layer, or puts something else there; a forward pre-hook.
+
+    Attributes:
+        given: enters instead; None: one position enters, whose logits nobody reads.
+        entering: what came.
+    """
+
+    given: torch.Tensor | None = None
+    entering: torch.Tensor
+
+    def __call__(self, _layer: nn.Module, arguments: tuple[torch.Tensor]) -> torch.Tensor:
+        (self.entering,) = arguments
+        return self.entering[:, :1] if self.given is None else self.given
 
 
 class _Given(nn.Module):

@@ -15,6 +15,7 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
+    MiniCPM3Config,
     PhiConfig,
 )
 
@@ -96,13 +97,16 @@ def refer(
     folder: Path, response: Response, temperatures: tuple[float, ...] = TEMPERATURES
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [tokens, d] and logprobs [tokens, K] by the obvious way: one sequence, all its
-    logits, a softmax a token and temperature."""
+    logits, a softmax per token and temperature."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     with torch.no_grad():
         output = model(
             torch.tensor([[*response.prompt_token_ids, *response.token_ids]]),
             output_hidden_states=True,
         )
+    # What MiniCPM3 divides by before its output layer; Granite divides the logits instead.
+    is_divided = model.config.model_type == "minicpm3"
+    divisor = model.config.logits_scaling if is_divided else 1.0
     before = len(response.prompt_token_ids)
     logprobs = torch.full((len(response.token_ids), len(temperatures)), -math.inf)
     for index, token in enumerate(response.token_ids):
@@ -112,7 +116,7 @@ def refer(
                 logprobs[index, column] = (logits / temperature).log_softmax(0)[token]
             elif logits.argmax() == token:
                 logprobs[index, column] = 0.0
-    return output.hidden_states[-1][0, before - 1 : -1], logprobs
+    return output.hidden_states[-1][0, before - 1 : -1] / divisor, logprobs
 
 
 def continue_greedily(folder: Path, response: Response) -> Response:
@@ -242,6 +246,15 @@ ODD_MODELS: dict[str, Callable[[], Any]] = {
 }
 PLAIN_MODELS: dict[str, Callable[[], Any]] = {
     "tied": lambda: LlamaConfig(**COMMON, tie_word_embeddings=True),
+    "divided": lambda: MiniCPM3Config(
+        **{k: v for k, v in COMMON.items() if k != "head_dim"},
+        dim_model_base=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+    ),
     "positions": lambda: GPT2Config(
         vocab_size=96,
         n_embd=32,
