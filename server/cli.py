@@ -282,7 +282,8 @@ def refuse_options(args: Namespace) -> None:
         parallel_config=args,
         speculative_config=speculation
         and SimpleNamespace(
-            enable_adaptive_verification=speculation.get("enable_adaptive_verification", False)
+            enable_adaptive_verification=speculation.get("enable_adaptive_verification", False),
+            rejection_sample_method=speculation.get("rejection_sample_method"),
         ),
         use_v2_model_runner=is_v2_likely(),
         watermark_config=args.watermark_config,

@@ -58,6 +58,10 @@ def refuse_unsupported(config: "VllmConfig") -> None:
         "enable_adaptive_verification in --speculative-config": (
             speculation is not None and speculation.enable_adaptive_verification
         ),
+        # It accepts drafts that do not follow the temperature's distribution.
+        'rejection_sample_method "fly" in --speculative-config': (
+            speculation is not None and speculation.rejection_sample_method == "fly"
+        ),
         "--enable-batch-sharded-sampling": parallel.enable_batch_sharded_sampling,
         "--return-sampling-mask": model.return_sampling_mask,
         "--watermark-config": config.watermark_config is not None,

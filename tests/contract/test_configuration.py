@@ -70,8 +70,10 @@ def plain_config() -> SimpleNamespace:
     )
 
 
-def speculation(is_adaptive: bool = False) -> SimpleNamespace:
-    return SimpleNamespace(enable_adaptive_verification=is_adaptive)
+def speculation(is_adaptive: bool = False, method: str = "standard") -> SimpleNamespace:
+    return SimpleNamespace(
+        enable_adaptive_verification=is_adaptive, rejection_sample_method=method
+    )
 
 
 REFUSED = {
@@ -108,8 +110,20 @@ def test_speculation_is_served_by_the_v2_model_runner_but_not_where_its_length_i
     config.speculative_config = speculation(is_adaptive=True)
     with pytest.raises(UnsupportedError, match="enable_adaptive_verification"):
         refuse_unsupported(config)
+    config.speculative_config = speculation(method="block")
+    refuse_unsupported(config)
     assert isinstance(VllmConfig.use_v2_model_runner, property)
     assert "enable_adaptive_verification" in SpeculativeConfig.__dataclass_fields__
+
+
+def test_drafts_are_not_accepted_by_another_law_than_the_temperature_s():
+    """0.33's FLy accepts a draft where the tokens behind it agree, though it would be rejected."""
+    config = plain_config()
+    config.use_v2_model_runner = True
+    config.speculative_config = speculation(method="fly")
+    with pytest.raises(UnsupportedError, match='rejection_sample_method "fly"'):
+        refuse_unsupported(config)
+    assert "rejection_sample_method" in SpeculativeConfig.__dataclass_fields__
 
 
 @pytest.mark.parametrize("option", REFUSED)

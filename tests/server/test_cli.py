@@ -248,6 +248,18 @@ def test_vllms_own_refusals_and_ours_are_one_sentence(refusal, model, arguments)
 
 
 @pytest.mark.parametrize(
+    "option", [{"enable_adaptive_verification": True}, {"rejection_sample_method": "fly"}]
+)
+def test_speculation_that_cannot_be_served_is_refused_before_the_engine_starts(
+    refusal, model, option, monkeypatch
+):
+    monkeypatch.setattr("server.cli.is_v2_likely", lambda: True)
+    ((name, _),) = option.items()
+    speculation = json.dumps({"method": "ngram", "num_speculative_tokens": 2} | option)
+    assert name in refusal(model, "--speculative-config", speculation)
+
+
+@pytest.mark.parametrize(
     ("option", "value"), [("--worker-cls", "my.Worker"), ("--scheduler-cls", "my.Scheduler")]
 )
 def test_another_worker_or_scheduler_is_refused(refusal, model, option, value):
