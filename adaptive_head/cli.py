@@ -20,6 +20,7 @@ from adaptive_head.checkpoint import (
     BaseModelIdentity,
     HeadError,
     LoadedHead,
+    add_probe,
     load_head,
     read_metadata,
     save_head,
@@ -132,6 +133,25 @@ def upgrade(
         typer.echo(f"{head} has format {FORMAT_VERSION} already")
     else:
         typer.echo(f"{head} had format {found}, and has format {FORMAT_VERSION} now")
+
+
+@app.command()
+def probe(
+    head: Annotated[Path, typer.Argument(help="Folder of the head.")],
+    model: Annotated[
+        str, typer.Argument(help="What it was made for: `embedded`, a folder, or one on the hub.")
+    ],
+) -> None:
+    """Add a feature probe to a head, by which a server checks what it reads of the model."""
+    with explain_errors(), calm_libraries():
+        from adaptive_head.lpo.probing import make_probe, read_probe_states
+
+        identity = find_language_model(model).identity
+        loaded = load_head(head, fingerprint=identity.fingerprint)
+        made = make_probe(loaded.network, read_probe_states(model))
+        add_probe(head, made)
+    temperatures = " ".join(f"{value:.2f}" for value in made.temperatures)
+    typer.echo(f"{head} now expects the temperatures {temperatures} of {identity.name}")
 
 
 @app.command(name="model")

@@ -16,10 +16,11 @@ from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.logger import init_logger
 
-from adaptive_head.checkpoint import HeadError
+from adaptive_head.checkpoint import HeadError, HeadMetadata
 from adaptive_head.vllm import LOADING
 from adaptive_head.vllm.heads import HeadVerifier
 from adaptive_head.vllm.settings import check_head_name
+from server.feature_probe import check_features
 from server.heads import Canary, HeadRegistry, ServedHead
 from server.metrics import AdaptiveMetrics
 
@@ -90,6 +91,7 @@ class HeadControl:
                 raise VLLMValidationError(str(error), parameter="folder") from None
             generation = self._registry.next_generation()
             await self._load_in_workers(name, generation, path, loaded.digest)
+            await self._check_features(name, generation, loaded.metadata)
             if (replaced := self._registry.by_name.get(name)) is not None:
                 self._metrics.remove_head(name, replaced.metadata)
                 self._begin(self._release(replaced))
@@ -195,6 +197,18 @@ class HeadControl:
                 await asyncio.sleep(POLL_INTERVAL_S)
         except BaseException:
             self._begin(self._forget(name, generation))
+            raise
+
+    async def _check_features(self, name: str, generation: int, metadata: HeadMetadata) -> None:
+        """Let the workers forget a head that its feature probe refuses."""
+        try:
+            await check_features(self._engine_client, name, generation, metadata)
+        except BaseException as error:
+            self._release(name, generation)
+            if isinstance(error, HeadError):
+                raise VLLMValidationError(str(error), parameter="folder") from None
+            if isinstance(error, TimeoutError):
+                raise WorkerError(str(error)) from None
             raise
 
     async def _call_workers(self, method: str, *args: Any) -> list[Any]:

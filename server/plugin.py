@@ -17,6 +17,7 @@ from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
 from adaptive_head.vllm.settings import AdaptiveSettings, read_admin_key, read_settings
 from server.admission import AdaptiveState
 from server.engine_proxy import EngineProxy
+from server.feature_probe import check_features
 from server.handlers import (
     AdaptiveServingChat,
     AdaptiveServingCompletion,
@@ -70,7 +71,8 @@ class AdaptiveEndpoints:
 
         Raises:
             UnsupportedError: the engine was started without our worker or scheduler.
-            HeadError: a head's `head.json` cannot be read.
+            HeadError: a head's `head.json` cannot be read, or its feature probe does not fit.
+            TimeoutError: the engine has not answered a probe.
             ValueError: heads shall be changed at run time, and cannot; see `read_admin_key`.
         """
         config = engine_client.vllm_config
@@ -79,8 +81,10 @@ class AdaptiveEndpoints:
         )
         refuse_unsupported(config)
         settings = read_settings(config.additional_config)
-        # The engine is up, so its worker has checked them against the model.
+        # The engine is up, so its worker has compared their weights and fingerprints.
         metadata = {name: read_metadata(folder) for name, folder in settings.heads.items()}
+        for name, described in metadata.items():
+            await check_features(engine_client, name, 0, described)
         heads = HeadRegistry(metadata, settings.resolved_default_head)
         served_names = tuple(path.name for path in state.openai_serving_models.base_model_paths)
         tokenizer = getattr(engine_client.renderer, "tokenizer", None)

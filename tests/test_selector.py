@@ -306,8 +306,8 @@ def selector() -> TemperatureSelector:
     return TemperatureSelector(HEADS, 8, CPU)
 
 
-# Level, select; what a head with the probabilities 1/2, 1/3 and 1/6 makes of its temperatures 0, 0.6
-# and 1.2; how many of three tokens it is counted for. The draws are those of seed 5.
+# Level, select; what a head with the probabilities 1/2, 1/3 and 1/6 makes of its temperatures 0,
+# 0.6 and 1.2; how many of three tokens it is counted for. The draws are those of seed 5.
 SELECTIONS = [
     ("token", "argmax", [0.0, 0.0, 0.0], 3),
     ("token", "sample", [1.2, 1.2, 0.0], 3),

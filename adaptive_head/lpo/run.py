@@ -1,11 +1,14 @@
 """A whole experiment: prompts, rollouts, pairs, features, heads, evaluation."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
+from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from adaptive_head.language_model import LanguageModel
@@ -15,6 +18,7 @@ from adaptive_head.lpo.features import compute_features
 from adaptive_head.lpo.frozen_model import read_unembedding
 from adaptive_head.lpo.pair_report import write_report
 from adaptive_head.lpo.pairs import PairSet, make_pairs
+from adaptive_head.lpo.probing import ProbeStates, read_probe_states
 from adaptive_head.lpo.records import Prompt, Response, write_records
 from adaptive_head.lpo.rewards import Reward, build_reward
 from adaptive_head.lpo.rollouts import roll_out
@@ -84,6 +88,19 @@ class Run:
             task: {name: build_reward(name, reward) for name, reward in config.rewards.items()}
             for task, config in self.experiment.tasks.items()
         }
+
+    @cached_property
+    def probe_states(self) -> ProbeStates | None:
+        """For the feature probes of all heads; None where the device has no room for the model in
+        float32."""
+        try:
+            return read_probe_states(self.model.folder)
+        except torch.OutOfMemoryError:
+            Console(file=sys.stderr).print(
+                "There is no room for the model in float32, so the heads get no feature probe; "
+                "`adaptive-head probe` adds one on a larger machine."
+            )
+            return None
 
     @property
     def groups(self) -> dict[Group, dict[str, HeadRecipe]]:
@@ -159,6 +176,7 @@ class Run:
                     "num_responses": len(responses),
                     "num_tokens": sum(len(response.token_ids) for response in responses),
                 },
+                read_probe_states=lambda: self.probe_states,
                 unembedding=read_unembedding(self.model.folder) if needs_logits else None,
             )
 

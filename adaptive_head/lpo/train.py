@@ -4,7 +4,7 @@ import copy
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from adaptive_head.checkpoint import BaseModelIdentity, HeadError, load_head, sa
 from adaptive_head.lpo.experiment import HeadRecipe, derive_seed, digest
 from adaptive_head.lpo.feature_file import Features
 from adaptive_head.lpo.pair_rows import PairRows
+from adaptive_head.lpo.probing import ProbeStates, make_probe
 from adaptive_head.lpo.records import Pair
 from adaptive_head.lpo.trainer import Epoch, Trainer
 
@@ -71,6 +72,7 @@ def train_head(
     identity: BaseModelIdentity,
     provenance: dict[str, Any],
     unembedding: torch.Tensor | None = None,
+    read_probe_states: Callable[[], ProbeStates | None] | None = None,
     progress: bool = True,
 ) -> TrainingResult:
     """Train a head and save it as `folder/head`, with TensorBoard logs beside it.
@@ -85,6 +87,7 @@ def train_head(
         provenance: any JSON object; it goes into `head.json`.
         unembedding: float [vocab, d], logits being `hidden @ unembedding.T`; the loss
             `cross_entropy` needs it, no other does.
+        read_probe_states: called once the head is trained; without states it gets no probe.
         progress: whether to draw a bar on stderr.
 
     Raises:
@@ -123,6 +126,7 @@ def train_head(
         seconds=fit.seconds,
     )
     trainer.network.load_state_dict(fit.best_weights)
+    states = read_probe_states() if read_probe_states else None
     if (folder / HEAD_FOLDER).exists():
         shutil.rmtree(folder / HEAD_FOLDER)
     save_head(
@@ -140,6 +144,7 @@ def train_head(
             "history": [asdict(epoch) for epoch in fit.history],
             "provenance": provenance,
         },
+        probe=None if states is None else make_probe(trainer.network, states),
     )
     return result
 

@@ -28,7 +28,7 @@ class SideStream:
         self._pool = torch.cuda.graph_pool_handle() if is_cuda else None
         # Never destroyed. A pool without graphs is dead, and destroying a graph frees the cuBLAS
         # workspace of its stream, which all graphs captured on that stream keep writing to
-        # (pytorch/pytorch#193402). The outputs and weights of a removed head are freed all the same.
+        # (pytorch/pytorch#193402). A removed head's outputs and weights are freed nevertheless.
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._is_forked = False
 
@@ -61,6 +61,7 @@ class SideStream:
         Raises:
             Whatever `compute` raises. Other graphs can be captured afterwards.
         """
+        assert self._pool is not None
         graph = torch.cuda.CUDAGraph()
         self._graphs.append(graph)
         try:
@@ -69,12 +70,12 @@ class SideStream:
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             result = compute()
         except BaseException:
-            self._abandon(graph)
+            self._abandon(graph, self._pool)
             raise
         graph.capture_end()
         return graph, result
 
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
         """End a capture that has failed, and begin a new pool.
 
         Ending it raises what CUDA says of a broken capture, which would hide the first error. Some
@@ -83,7 +84,7 @@ class SideStream:
         with suppress(RuntimeError):
             graph.capture_end()
         with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         self._pool = torch.cuda.graph_pool_handle()
 
 

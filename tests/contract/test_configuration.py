@@ -71,9 +71,7 @@ def plain_config() -> SimpleNamespace:
 
 
 def speculation(is_adaptive: bool = False, method: str = "standard") -> SimpleNamespace:
-    return SimpleNamespace(
-        enable_adaptive_verification=is_adaptive, rejection_sample_method=method
-    )
+    return SimpleNamespace(enable_adaptive_verification=is_adaptive, rejection_sample_method=method)
 
 
 REFUSED = {

@@ -63,8 +63,8 @@ class Choices:
 
     Attributes:
         micros: int32 [rows], temperatures in millionths; ORDINARY, or PENDING for the logits.
-        picks: int32 [rows], which of its temperatures a head picked; NO_PICK for a mean, and where no
-            head chose.
+        picks: int32 [rows], which of its temperatures a head picked; NO_PICK for a mean, and where
+            no head chose.
     """
 
     micros: torch.Tensor
