@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
 from adaptive_head import AdaptiveHead, HeadConfig, TemperatureSelector, load_head, save_head
-from adaptive_head.checkpoint import BaseModelIdentity
+from adaptive_head.checkpoint import BaseModelIdentity, HeadError
 from adaptive_head.options import parse_request, resolve_options
 from adaptive_head.vllm.heads import HeadLoader
 from adaptive_head.vllm.worker import AdaptiveWorker
@@ -144,6 +144,33 @@ def choose(registry, **adaptive):
 
 
 AT_START = [{("a", 0), ("b", 0)}] * 4
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(HeadError("its feature probe does not fit"), 400), (TimeoutError("no answer"), 500)],
+)
+async def test_a_head_that_its_probe_refuses_leaves_the_workers_again(
+    setup, save, monkeypatch, error, status
+):
+    """The old generation of its name serves on, and nothing else has changed."""
+    asked = []
+
+    async def refuse(_engine_client, name, generation, metadata):
+        asked.append((name, generation, metadata.level))
+        assert server.engines.loaded == [{("a", 0), ("b", 0), ("b", 1)}] * 4
+        raise error
+
+    monkeypatch.setattr("server.head_control.check_features", refuse)
+    server = await setup()
+    save("c", level="sequence")
+    before = server.registry.by_name["b"]
+    response = await server.send("POST", body={"name": "b", "folder": "c"})
+    assert response.status_code == status and str(error) in response.text
+    await settle()
+    assert asked == [("b", 1, "sequence")]
+    assert server.engines.loaded == AT_START
+    assert server.registry.by_name["b"] is before
 
 
 async def test_a_head_is_loaded_by_every_worker_and_then_served(setup, save):
