@@ -20,11 +20,11 @@ from adaptive_head.checkpoint import (
     BaseModelIdentity,
     HeadError,
     LoadedHead,
-    add_probe,
     load_head,
     read_metadata,
     save_head,
     upgrade_head,
+    write_metadata,
 )
 from adaptive_head.embedded_model import ModelPreparationError, prepare
 from adaptive_head.fingerprint import fingerprint_model
@@ -149,7 +149,7 @@ def probe(
         identity = find_language_model(model).identity
         loaded = load_head(head, fingerprint=identity.fingerprint)
         made = make_probe(loaded.network, read_probe_states(model))
-        add_probe(head, made)
+        write_metadata(head, loaded.metadata.model_copy(update={"probe": made}))
     temperatures = " ".join(f"{value:.2f}" for value in made.temperatures)
     typer.echo(f"{head} now expects the temperatures {temperatures} of {identity.name}")
 

@@ -9,13 +9,13 @@ from vllm.inputs.engine import tokens_input
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
-from adaptive_head.checkpoint import HeadError, HeadMetadata
+from adaptive_head.decision import MILLION
 from adaptive_head.head import MAX_TEMPERATURE
+from adaptive_head.metadata import FeatureProbe, HeadError, HeadMetadata
 from adaptive_head.options import Level, Options
-from adaptive_head.probe import FeatureProbe
-from adaptive_head.slots import MICRO
-from adaptive_head.vllm.choices import take_choices
+from adaptive_head.probe import find_mismatch, find_unreadable
 from adaptive_head.vllm.settings import read_settings
+from adaptive_head.vllm.wire import take_decisions
 
 # A hot load waits behind the requests of a full engine.
 MAX_PROBING_S = 120.0
@@ -62,7 +62,7 @@ async def _find_mismatch(
     engine_client: EngineClient, probe: FeatureProbe, name: str, generation: int, level: Level
 ) -> str | None:
     config = engine_client.vllm_config.model_config
-    unreadable = probe.find_unreadable(config.get_vocab_size(), config.max_model_len - 1)
+    unreadable = find_unreadable(probe, config.get_vocab_size(), config.max_model_len - 1)
     if unreadable is not None:
         return unreadable
     options = Options(
@@ -77,7 +77,7 @@ async def _find_mismatch(
     )
     found = await _ask(engine_client, options, probe.prompts)
     dtype = "quantisation" if config.quantization else str(config.dtype).removeprefix("torch.")
-    return probe.find_mismatch(found, dtype)
+    return find_mismatch(probe, found, dtype)
 
 
 async def _ask(
@@ -101,8 +101,8 @@ async def _ask_once(engine_client: EngineClient, options: Options, prompt: Seque
     params = SamplingParams(temperature=1.0, max_tokens=1, detokenize=False)
     params.extra_args = options.to_extra_args()
     request_id = f"adaptive-probe-{uuid4().hex}"
-    micros = None
+    decisions = None
     async for output in engine_client.generate(tokens_input(list(prompt)), params, request_id):
-        micros = take_choices(output.outputs[0]) or micros
-    assert micros, "a token came without a temperature"
-    return micros[0] / MICRO
+        decisions = take_decisions(output.outputs[0]) or decisions
+    assert decisions, "a token came without a temperature"
+    return decisions[0].temperature / MILLION

@@ -2,32 +2,25 @@ import math
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from adaptive_head.head import AdaptiveHead, HeadConfig
+from adaptive_head.metadata import FeatureProbe
 from adaptive_head.probe import (
     MIN_TOLERANCE,
-    NUM_PROMPTS,
-    FeatureProbe,
     choose_tolerance,
     compare_temperatures,
     expect_temperatures,
+    find_mismatch,
+    find_unreadable,
 )
 from tests import reference
 
-TEMPERATURES = tuple(index / 10 for index in range(NUM_PROMPTS))
-
-
-def make_fields(**changes) -> dict:
-    return {
-        "prompts": [[1, 2, index] for index in range(NUM_PROMPTS)],
-        "temperatures": TEMPERATURES,
-        "tolerances": {"float32": 0.01, "bfloat16": 0.05},
-    } | changes
-
-
-def make_probe(**changes) -> FeatureProbe:
-    return FeatureProbe(**make_fields(**changes))
+TEMPERATURES = tuple(index / 10 for index in range(8))
+PROBE = FeatureProbe(
+    prompts=[[1, 2, index] for index in range(8)],
+    temperatures=TEMPERATURES,
+    tolerances={"float32": 0.01, "bfloat16": 0.05},
+)
 
 
 def shift(distance: float) -> list[float]:
@@ -48,53 +41,26 @@ def shift(distance: float) -> list[float]:
     ],
 )
 def test_each_dtype_has_its_tolerance(dtype, distance, agrees):
-    assert (make_probe().find_mismatch(shift(distance), dtype) is None) == agrees
+    assert (find_mismatch(PROBE, shift(distance), dtype) is None) == agrees
 
 
 def test_one_prompt_near_a_decision_does_not_decide():
     found = list(TEMPERATURES)
     found[3] += 0.3
-    assert make_probe().find_mismatch(found, "bfloat16") is None
+    assert find_mismatch(PROBE, found, "bfloat16") is None
     assert compare_temperatures(TEMPERATURES, found) == pytest.approx(0.3 / 8)
 
 
 def test_a_mismatch_says_what_was_expected_and_what_was_found():
-    reason = make_probe().find_mismatch(shift(0.5), "bfloat16")
+    reason = find_mismatch(PROBE, shift(0.5), "bfloat16")
     assert "should be 0.00 0.10 0.20 0.30 0.40 0.50 0.60 0.70, and are 0.50 0.60" in reason
     assert "0.500 apart on average, where bfloat16 explains 0.050" in reason
 
 
 def test_a_model_must_know_the_tokens_and_read_the_prompts():
-    probe = make_probe()
-    assert probe.find_unreadable(8, 3) is None
-    assert probe.find_unreadable(7, 3) == "its token 7 is not one of the model's 7"
-    assert "a prompt of 3 tokens, and the model reads 2" in probe.find_unreadable(8, 2)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"prompts": [[1]] * (NUM_PROMPTS - 1)},
-        {"prompts": [[1]] * (NUM_PROMPTS - 1) + [[]]},
-        {"prompts": [[1]] * (NUM_PROMPTS - 1) + [[-1]]},
-        {"prompts": [[1]] * (NUM_PROMPTS - 1) + [[1] * 65]},
-        {"prompts": [[1]] * (NUM_PROMPTS - 1) + [["1"]]},
-        {"temperatures": TEMPERATURES[1:]},
-        {"temperatures": [math.nan] * NUM_PROMPTS},
-        {"temperatures": [11.0] * NUM_PROMPTS},
-        {"tolerances": {}},
-        {"tolerances": {"float32": 0.0}},
-        {"remark": "x"},
-    ],
-)
-def test_a_probe_of_another_shape_is_refused(changes):
-    with pytest.raises(ValidationError):
-        make_probe(**changes)
-
-
-def test_a_probe_survives_json():
-    probe = make_probe()
-    assert FeatureProbe.model_validate_json(probe.model_dump_json()) == probe
+    assert find_unreadable(PROBE, 8, 3) is None
+    assert find_unreadable(PROBE, 7, 3) == "its token 7 is not one of the model's 7"
+    assert "a prompt of 3 tokens, and the model reads 2" in find_unreadable(PROBE, 8, 2)
 
 
 def test_expected_temperatures_are_means_of_the_head_s_distribution():

@@ -10,13 +10,8 @@ from transformers import AutoTokenizer
 
 from adaptive_head.head import AdaptiveHead
 from adaptive_head.lpo.frozen_model import FrozenModel, find_model_folder
-from adaptive_head.probe import (
-    MAX_PROMPT_TOKENS,
-    FeatureProbe,
-    choose_tolerance,
-    compare_temperatures,
-    expect_temperatures,
-)
+from adaptive_head.metadata import MAX_PROBE_TOKENS, FeatureProbe
+from adaptive_head.probe import choose_tolerance, compare_temperatures, expect_temperatures
 from adaptive_head.vllm.head_runner import convert
 
 # Unlike each other, so that a head has something to tell apart.
@@ -57,10 +52,9 @@ def read_probe_states(model: Path | str) -> ProbeStates:
     """
     folder = find_model_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = tuple(tuple(tokenizer(text).input_ids[:MAX_PROMPT_TOKENS]) for text in TEXTS)
+    prompts = tuple(tuple(tokenizer(text).input_ids[:MAX_PROBE_TOKENS]) for text in TEXTS)
     precise, rounded = (
-        _read_last_states(FrozenModel(folder, dtype), prompts)
-        for dtype in (torch.float32, torch.bfloat16)
+        _read_last_states(FrozenModel(folder, dtype), prompts) for dtype in ("float32", "bfloat16")
     )
     return ProbeStates(prompts, precise, rounded)
 

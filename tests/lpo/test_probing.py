@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, MiniCPM3Config, PreTrainedTokeniz
 from adaptive_head import AdaptiveHead, HeadConfig, load_head, save_head
 from adaptive_head.checkpoint import BaseModelIdentity
 from adaptive_head.lpo.probing import TEXTS, ProbeStates, make_probe, read_probe_states
-from adaptive_head.probe import NUM_PROMPTS, expect_temperatures
+from adaptive_head.probe import expect_temperatures, find_mismatch
 from tests.heads import save_strong_head
 from tests.test_cli import refusal, run
 
@@ -56,7 +56,7 @@ def head(model, tmp_path):
 
 def test_states_are_what_enters_the_lm_head_after_each_prompt(model, states):
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    assert len(states.prompts) == len(TEXTS) == NUM_PROMPTS
+    assert len(states.prompts) == len(TEXTS) == 8
     with torch.no_grad():
         for prompt, state in zip(states.prompts, states.precise, strict=True):
             output = loaded(torch.tensor([prompt]), output_hidden_states=True)
@@ -71,9 +71,9 @@ def test_a_probe_tells_the_trained_states_from_undivided_ones(head, states):
     probe = make_probe(network, states)
     assert max(probe.temperatures) - min(probe.temperatures) > 0.1
     for dtype, tensor in (("float32", states.precise), ("bfloat16", states.rounded)):
-        assert probe.find_mismatch(expect_temperatures(network, tensor), dtype) is None
+        assert find_mismatch(probe, expect_temperatures(network, tensor), dtype) is None
         undivided = expect_temperatures(network, 8 * tensor)
-        assert probe.find_mismatch(undivided, dtype) is not None
+        assert find_mismatch(probe, undivided, dtype) is not None
     assert network.layers[0].weight.dtype == torch.float32, "the head itself stays as it was"
 
 

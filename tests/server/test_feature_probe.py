@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from adaptive_head.checkpoint import HeadError
+from adaptive_head.metadata import FeatureProbe, HeadError
 from adaptive_head.options import Options
-from adaptive_head.probe import NUM_PROMPTS, FeatureProbe
 from server import feature_probe
 from server.feature_probe import check_features
 from tests.server.fakes import describe_head, make_output
 
+NUM_PROMPTS = 8
 EXPECTED = tuple(index / 10 for index in range(NUM_PROMPTS))
 PROBE = FeatureProbe(
     prompts=[[1, 2, index] for index in range(NUM_PROMPTS)],
