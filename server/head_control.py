@@ -204,7 +204,7 @@ class HeadControl:
         try:
             await check_features(self._engine_client, name, generation, metadata)
         except BaseException as error:
-            self._release(name, generation)
+            self._begin(self._forget(name, generation))
             if isinstance(error, HeadError):
                 raise VLLMValidationError(str(error), parameter="folder") from None
             if isinstance(error, TimeoutError):
