@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from adaptive_head.decision import Decision
 from adaptive_head.options import AdaptiveRequest, resolve_options
 from benchmarks import bench_engine
 from benchmarks.bench_engine import (
@@ -64,7 +65,7 @@ class CountedEngine(BenchEngine):
 def make_bench(fake, monkeypatch, temperatures=False):
     bench = CountedEngine()
     if temperatures:
-        fake.mask = SimpleNamespace(token_ids=[[700_000, 0], [], [], []])
+        fake.mask = SimpleNamespace(token_ids=[[0, *Decision(700_000)], [], [], []])
     scheduler = SimpleNamespace(has_requests=lambda: False)
     bench._engine = fake
     bench._core = SimpleNamespace(scheduler=scheduler, batch_queue=None)
