@@ -6,7 +6,8 @@ the name of the test or of the fixture that started it, and so does everything t
 itself, in whatever session and under whatever parent.
 
 A test's processes end with the test. Those of a fixture of a wider scope end with the session, or
-as soon as the fixture fails, and those of `started` with its block.
+as soon as the fixture fails. What runs for several tests without such a fixture has an environment
+of `of_session`, or is `started` and ends with its block.
 """
 
 import os
@@ -33,6 +34,11 @@ STARTED_S = 60
 _numbers = count()
 # Processes that were looked at before and are not of this session.
 _foreign: set[int] = set()
+
+
+def of_session(environment: dict[str, str]) -> dict[str, str]:
+    """An environment whose processes end with the session at the latest."""
+    return environment | {VARIABLE: f"{SESSION}/session"}
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -17,8 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_head import AdaptiveHead, HeadConfig, load_head
 from adaptive_head.embedded_model import prepare
+from adaptive_head.vllm.settings import ADMIN_KEY_VARIABLE
 from server.report import set_current_report
+from tests.background import Background
 from tests.heads import save_strong_head
+from tests.leftovers import of_session
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
@@ -54,7 +58,7 @@ class Server:
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [*command, "--host=127.0.0.1", f"--port={self.port}"],
-                env=os.environ | environment,
+                env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 # Away from the terminal's Ctrl-C, so that only `stop` ends it.
@@ -137,9 +141,40 @@ def find_free_port() -> int:
         return probe.getsockname()[1]
 
 
+def make_environment(**changes: str) -> dict[str, str]:
+    return os.environ | {"VLLM_LOGGING_LEVEL": "WARNING"} | changes
+
+
 @contextmanager
 def running(command: list[str], log: Path, **environment: str) -> Iterator[Server]:
-    server = Server(command, {"VLLM_LOGGING_LEVEL": "WARNING"} | environment, log)
+    server = Server(command, make_environment(**environment), log)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def begin_server(background: Background, name: str, command: list[str], **environment: str) -> None:
+    """Begin to start a server while other tests run; once for each name."""
+    environment = of_session(make_environment(**environment))
+    log = background.folder / f"{name}.txt"
+    background.begin(f"server {name}", start, command, environment, log)
+
+
+def start(command: list[str], environment: dict[str, str], log: Path) -> Server:
+    server = Server(command, environment, log)
+    try:
+        server.wait_until_ready()
+    except BaseException:
+        server.kill()
+        raise
+    return server
+
+
+@contextmanager
+def begun(background: Background, name: str) -> Iterator[Server]:
+    """The server of that name, once it is ready, until the block ends."""
+    server = background.wait(f"server {name}")
     try:
         yield server
     finally:
@@ -158,10 +193,10 @@ def model() -> Path:
     return prepare()
 
 
-@pytest.fixture(scope="session")
-def heads(tmp_path_factory, model) -> dict[str, Path]:
-    """A head a level, with seeds for which all temperatures come up."""
-    folder = tmp_path_factory.mktemp("heads")
+@cache
+def make_heads(background: Background) -> dict[str, Path]:
+    """A head of each level, with seeds for which all temperatures come up."""
+    folder, model = background.folder / "server heads", prepare()
     config = HeadConfig(HIDDEN_SIZE, TEMPERATURES, (64, 64))
     return {
         name: save_strong_head(folder / name, model, config, level, seed)
@@ -170,21 +205,40 @@ def heads(tmp_path_factory, model) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def heads(background) -> dict[str, Path]:
+    return make_heads(background)
+
+
+@pytest.fixture(scope="session")
 def networks(heads) -> dict[str, AdaptiveHead]:
     return {name: load_head(folder).network for name, folder in heads.items()}
 
 
 @pytest.fixture(scope="session")
-def server(model, heads, tmp_path_factory) -> Iterator[Server]:
+def server(background) -> Iterator[Server]:
     """`adaptive-serve` as a user starts it; one for all tests."""
-    options = [f"--head={name}={folder}" for name, folder in heads.items()]
-    command = [str(BIN / "adaptive-serve"), str(model), *options, *ENGINE_OPTIONS]
-    command.append(f"--heads-dir={heads['tok'].parent}")
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    environment = {"VLLM_ENABLE_RESPONSES_API_STORE": "1", "ADAPTIVE_ADMIN_KEY": ADMIN_KEY}
-    with running(command, log, **environment) as server:
-        server.wait_until_ready()
+    begin_main_server(background)
+    with begun(background, "main") as server:
         yield server
+
+
+def begin_main_server(background: Background) -> None:
+    heads = make_heads(background)
+    options = [f"--head={name}={folder}" for name, folder in heads.items()]
+    command = [str(BIN / "adaptive-serve"), str(prepare()), *options, *ENGINE_OPTIONS]
+    command.append(f"--heads-dir={heads['tok'].parent}")
+    environment = {"VLLM_ENABLE_RESPONSES_API_STORE": "1", ADMIN_KEY_VARIABLE: ADMIN_KEY}
+    begin_server(background, "main", command, **environment)
+
+
+@pytest.fixture
+def ending_server(server) -> Server:
+    """The same, for a test that ends it."""
+    return server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "ending_server" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")

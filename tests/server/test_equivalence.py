@@ -7,7 +7,8 @@ import sys
 import pytest
 import vllm
 
-from tests.server.conftest import ENGINE_OPTIONS, MODEL, running
+from adaptive_head.embedded_model import prepare
+from tests.server.conftest import ENGINE_OPTIONS, MODEL, begin_main_server, begin_server, begun
 
 pytestmark = pytest.mark.engine
 
@@ -47,14 +48,22 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module")
-def stock(model, tmp_path_factory):
-    """vLLM's own server, with the same options for its engine."""
+def begin_processes(background):
+    begin_main_server(background)
+    begin_stock_server(background)
+
+
+def begin_stock_server(background):
     assert "VLLM_PLUGINS" not in os.environ
     entry = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command = [*entry, "--model", str(model), *ENGINE_OPTIONS]
-    with running(command, tmp_path_factory.mktemp("stock") / "log.txt") as stock:
-        stock.wait_until_ready()
+    begin_server(background, "stock", [*entry, "--model", str(prepare()), *ENGINE_OPTIONS])
+
+
+@pytest.fixture(scope="module")
+def stock(background):
+    """vLLM's own server, with the same options for its engine."""
+    begin_stock_server(background)
+    with begun(background, "stock") as stock:
         yield stock
 
 

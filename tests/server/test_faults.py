@@ -333,24 +333,21 @@ def stream(server, path: str, body: dict) -> list[str]:
         return [line for line in response.iter_lines() if line]
 
 
-def test_an_engine_that_dies_ends_its_streams_and_the_server(model, heads, tmp_path):
-    command = [str(BIN / "adaptive-serve"), str(model), f"--head={heads['tok']}", *ENGINE_OPTIONS]
-    with running(command, tmp_path / "log.txt") as server:
-        server.wait_until_ready()
-        with ThreadPoolExecutor(4) as pool:
-            open_streams = [
-                pool.submit(stream, server, path, make_body(path, max_tokens=1500))
-                for path in BODIES
-            ]
-            server.wait_until_running(3)
-            (worker,) = [child for child in server.children if "Worker" in child.name()]
-            worker.kill()
-            ends = ["".join(future.result()[-3:]) for future in open_streams]
-        completion, chat, response = ends
-        assert "InternalServerError" in completion and completion.endswith("data: [DONE]")
-        assert "InternalServerError" in chat and chat.endswith("data: [DONE]")
-        assert "event: error" in response and "EngineDeadError" in response
-        assert server.process.wait(HANG_S) == 1
-        _, alive = psutil.wait_procs(server.children, timeout=HANG_S)
-        assert not alive
-        assert "adaptive-serve: the engine died" in server.read_log()
+def test_an_engine_that_dies_ends_its_streams_and_the_server(ending_server):
+    server = ending_server
+    with ThreadPoolExecutor(4) as pool:
+        open_streams = [
+            pool.submit(stream, server, path, make_body(path, max_tokens=1500)) for path in BODIES
+        ]
+        server.wait_until_running(3)
+        (worker,) = [child for child in server.children if "Worker" in child.name()]
+        worker.kill()
+        ends = ["".join(future.result()[-3:]) for future in open_streams]
+    completion, chat, response = ends
+    assert "InternalServerError" in completion and completion.endswith("data: [DONE]")
+    assert "InternalServerError" in chat and chat.endswith("data: [DONE]")
+    assert "event: error" in response and "EngineDeadError" in response
+    assert server.process.wait(HANG_S) == 1
+    _, alive = psutil.wait_procs(server.children, timeout=HANG_S)
+    assert not alive
+    assert "adaptive-serve: the engine died" in server.read_log()

@@ -5,13 +5,26 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
 
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from server.cli import EMBEDDED_NAME
-from tests.server.conftest import BIN, ENGINE_OPTIONS, HANG_S, MODEL, START_TIMEOUT_S, running
+from tests.leftovers import started
+from tests.server.conftest import (
+    BIN,
+    ENGINE_OPTIONS,
+    HANG_S,
+    MODEL,
+    START_TIMEOUT_S,
+    begin_server,
+    begun,
+    make_environment,
+    make_heads,
+    running,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -57,13 +70,18 @@ def assert_ends(server, number: int) -> None:
     assert not alive
 
 
-@pytest.fixture(scope="module")
-def several(model, heads, tmp_path_factory):
+@pytest.fixture(scope="module", autouse=True)
+def begin_both(background, model):
+    """Two servers start at the same time."""
+    begin_several(background, model)
+    begin_without_worker(background, model)
+
+
+def begin_several(background, model):
     """vLLM's own command with our options, and two API processes that share a request log."""
-    log = tmp_path_factory.mktemp("several") / "log.txt"
     settings = {
-        "heads": {name: str(folder) for name, folder in heads.items()},
-        "request_log": str(log.with_name("requests.jsonl")),
+        "heads": {name: str(folder) for name, folder in make_heads(background).items()},
+        "request_log": str(background.folder / "requests.jsonl"),
     }
     options = [
         "--api-server-count=2",
@@ -73,8 +91,26 @@ def several(model, heads, tmp_path_factory):
         f"--additional-config={json.dumps({'adaptive': settings})}",
     ]
     command = [sys.executable, "-c", VLLM_SERVE, str(model), *options, *ENGINE_OPTIONS]
-    with running(command, log, VLLM_PLUGINS="adaptive") as server:
-        server.wait_until_ready()
+    begin_server(background, "several", command, VLLM_PLUGINS="adaptive")
+
+
+def begin_without_worker(background, model):
+    entry = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [*entry, "--model", str(model), *ENGINE_OPTIONS]
+    environment = make_environment(VLLM_PLUGINS="adaptive")
+    log = background.folder / "without worker.txt"
+    background.begin("without worker", wait_for_end, command, environment, log)
+
+
+def wait_for_end(command: list[str], environment: dict[str, str], log: Path) -> tuple[int, str]:
+    """The exit code of a server that does not start, and what it has written."""
+    with log.open("w") as output, started(command, environment, stdout=output, stderr=output) as it:
+        return it.wait(START_TIMEOUT_S), log.read_text()
+
+
+@pytest.fixture(scope="module")
+def several(background):
+    with begun(background, "several") as server:
         wait_until_all_answer(server, 2)
         yield server
 
@@ -146,10 +182,7 @@ def ask(server, question: str) -> float:
     return choice["adaptive"]["mean"]
 
 
-def test_the_plugin_without_its_worker_says_so_and_does_not_start(model, tmp_path):
-    entry = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command = [*entry, "--model", str(model), *ENGINE_OPTIONS]
-    with running(command, tmp_path / "log.txt", VLLM_PLUGINS="adaptive") as server:
-        assert server.process.wait(START_TIMEOUT_S) != 0
-    sentence = f"the adaptive plugin needs --worker-cls {WORKER_CLS}, found"
-    assert sentence in server.log.read_text()
+def test_the_plugin_without_its_worker_says_so_and_does_not_start(background):
+    code, log = background.wait("without worker")
+    assert code != 0
+    assert f"the adaptive plugin needs --worker-cls {WORKER_CLS}, found" in log
