@@ -51,9 +51,9 @@ def kill_and_finish(folder: Path, environment: dict[str, str]) -> dict:
     program = [sys.executable, "-m", "adaptive_head.cli"]
     command = [*program, "run", str(FOLDER / f"{KILLED}.yaml"), "--quick", "--out", str(folder)]
     deadline = time.monotonic() + HANG_S
-    with started(command, environment):
+    with started(command, environment) as process:
         while not count_lines(folder):
-            assert time.monotonic() < deadline
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
     num_written = count_lines(folder)
     output = run(command, environment, HANG_S)
