@@ -21,7 +21,8 @@ def serve(arguments: list[str], ttft: float, itl: float, jitter: float, is_stock
         os.environ["VLLM_PLUGINS"] = ",".join(find_plugins())
     else:
         prepare_environment()
-    args = prepare_args(*make_parser().parse_known_args(arguments))
+    # The temperatures of an engine without a model fit no head's feature probe.
+    args = prepare_args(*make_parser().parse_known_args([*arguments, "--no-verify-base"]))
     if max(args.api_server_count or 1, args.data_parallel_size) > 1:
         raise ValueError("the mock engine lives in one API process: no several servers or engines")
     from vllm.entrypoints.cli.serve import ServeSubcommand

@@ -42,12 +42,14 @@ from vllm.entrypoints.openai.responses.protocol import (
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelList
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs.engine import tokens_input
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins
 from vllm.renderers import BaseRenderer
 from vllm.sampling_params import SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.async_utils import merge_async_iterators
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
 
 from adaptive_head.options import EXTRA_ARGS_KEY, AdaptiveRequest, Options, resolve_options
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
@@ -507,6 +509,20 @@ def test_the_environment_variables_exist():
     """vLLM ignores one that it does not know."""
     names = ("VLLM_PLUGINS", "VLLM_USE_RUST_FRONTEND", "VLLM_USE_V2_MODEL_RUNNER")
     assert set(names) <= envs.environment_variables.keys()
+
+
+# --- feature probes ------------------------------------------------------------------------------
+
+
+def test_a_prompt_of_token_ids_needs_no_tokenizer_and_no_template():
+    assert tokens_input([1, 2]) == {"type": "token", "prompt_token_ids": [1, 2]}
+    assert_in_order(
+        InputProcessor.process_inputs,
+        'if isinstance(prompt, dict) and "type" in prompt:',
+        "engine_input: EngineInput = prompt",
+        "else:",
+        "Passing raw prompts to InputProcessor is deprecated",
+    )
 
 
 # --- prometheus-client --------------------------------------------------------------------------

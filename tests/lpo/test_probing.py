@@ -1,6 +1,8 @@
 """Feature probes from real, tiny models."""
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from transformers import AutoModelForCausalLM, MiniCPM3Config, PreTrainedTokeniz
 
 from adaptive_head import AdaptiveHead, HeadConfig, load_head, save_head
 from adaptive_head.checkpoint import BaseModelIdentity
+from adaptive_head.lpo import Run
 from adaptive_head.lpo.probing import TEXTS, ProbeStates, make_probe, read_probe_states
 from adaptive_head.probe import expect_temperatures, find_mismatch
 from tests.heads import save_strong_head
-from tests.test_cli import refusal, run
+from tests.test_cli import refusal
+from tests.test_cli import run as run_command
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +89,19 @@ def test_a_head_that_16_bits_change_more_has_a_wider_tolerance_for_them(head, st
     assert tolerances["float32"] < tolerances["bfloat16"] == tolerances["float16"]
 
 
+def test_heads_of_a_model_too_large_for_float32_are_trained_without_a_probe(monkeypatch, capsys):
+    def refuse(_folder):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("adaptive_head.lpo.run.read_probe_states", refuse)
+    run = Run(experiment=None, model=SimpleNamespace(folder=Path("model")), folder=Path("out"))
+    assert run.probe_states is None
+    assert "no feature probe" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_a_probe_is_added_to_a_head_that_exists(head, model, states):
     before = load_head(head)
-    result = run("probe", head, model)
+    result = run_command("probe", head, model)
     assert result.exit_code == 0, result.stderr
     after = load_head(head)
     assert after.metadata.probe == make_probe(before.network, states)

@@ -14,6 +14,7 @@ from adaptive_head.head import AdaptiveHead
 from adaptive_head.lpo import pair_rows, trainer
 from adaptive_head.lpo.experiment import HeadRecipe
 from adaptive_head.lpo.feature_file import Features
+from adaptive_head.lpo.probing import ProbeStates, make_probe
 from adaptive_head.lpo.records import Pair, Side
 from adaptive_head.lpo.train import TrainingResult, split_pairs, train_head
 from adaptive_head.lpo.trainer import TrainingError
@@ -357,6 +358,25 @@ def test_a_finished_head_is_not_trained_again(tmp_path, monkeypatch, capsys, tok
     forbid_training(monkeypatch)
     assert fit(tmp_path, tokens, recipe, provenance={"from": "elsewhere"}) == first
     assert capsys.readouterr().err == ""
+
+
+def test_a_head_gets_a_probe_once_it_is_trained(tmp_path, tokens):
+    generator = torch.Generator().manual_seed(0)
+    precise = torch.randn(3, WIDTH, generator=generator)
+    states = ProbeStates(((1,), (2, 3), (4,)), precise, precise.bfloat16())
+    read = []
+
+    def read_probe_states() -> ProbeStates:
+        read.append(True)
+        return states
+
+    for _ in range(2):
+        fit(tmp_path, tokens, make_recipe(), read_probe_states=read_probe_states)
+    assert len(read) == 1, "the model was loaded for a finished head"
+    head = load_head(tmp_path / "head")
+    assert head.metadata.probe == make_probe(head.network, states)
+    fit(tmp_path / "large", tokens, make_recipe(), read_probe_states=lambda: None)
+    assert load_head(tmp_path / "large" / "head").metadata.probe is None
 
 
 @pytest.mark.parametrize("change", ["recipe", "pairs", "model", "features", "width", "damage"])
