@@ -439,14 +439,11 @@ def test_chunks_are_compact_json_with_the_index_of_their_choice_first(model, con
         assert ("chunk.model_dump_json(exclude_unset=True)" in source(handler)) == is_text
 
 
-def test_a_chat_stream_is_one_method_that_we_override():
-    """From 0.33 on, the one that makes chunks as objects, around which vLLM serialises them."""
-    name = "chat_completion_stream_generator"
+def test_a_chats_chunks_take_a_field_of_ours_before_they_are_serialised():
+    """From 0.33 on, where vLLM makes them as objects."""
     if HAS_CHUNK_OBJECTS:
-        assert f"self.{name}_raw(" in source(getattr(OpenAIServingChat, name))
-        name += "_raw"
-    assert name in vars(AdaptiveServingChat)
-    assert_parameters(getattr(OpenAIServingChat, name), "self", "request", "result_generator")
+        stream = OpenAIServingChat.chat_completion_stream_generator
+        assert_in_order(stream, f"self.{CHAT_STREAM_GENERATOR}(", "chunk.model_dump_json(")
     choice = ChatCompletionResponseStreamChoice(index=0, delta=DeltaMessage(), token_ids=None)
     choice.model_extra["adaptive"] = {"temperatures": [0.5]}
     line = choice.model_dump_json(exclude_unset=True)
@@ -456,8 +453,7 @@ def test_a_chat_stream_is_one_method_that_we_override():
 @pytest.mark.parametrize(
     "method",
     [
-        getattr(OpenAIServingChat, "chat_completion_stream_generator_raw", None)
-        or OpenAIServingChat.chat_completion_stream_generator,
+        getattr(OpenAIServingChat, CHAT_STREAM_GENERATOR),
         OpenAIServingCompletion.completion_stream_generator,
     ],
     ids=lambda method: method.__name__,

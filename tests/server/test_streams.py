@@ -117,7 +117,7 @@ def make_handler(handler_class, **attributes):
     return handler
 
 
-def begin(handler_class, engine: Engine, report=None, tokenizer=None, attributes=(), **options):
+def open_stream(handler_class, engine, report=None, tokenizer=None, attributes=(), **options):
     """The generator of chunks, and the metadata in which vLLM leaves the usage."""
     handler = make_handler(handler_class, **dict(attributes))
     metadata = RequestResponseMetadata(request_id="r")
@@ -148,7 +148,7 @@ def begin(handler_class, engine: Engine, report=None, tokenizer=None, attributes
 
 async def write(*args, **kwargs):
     """The chunks, as a connection takes them, and the usage."""
-    chunks, metadata = begin(*args, **kwargs)
+    chunks, metadata = open_stream(*args, **kwargs)
     written = []
     async for chunk in chunks:
         written.append(chunk)
@@ -395,7 +395,7 @@ async def test_a_stream_that_is_left_leaves_the_engine(ours, stock, detail):
     report = None
     if detail is not None:
         report = make_report({"report": detail}, takes_many_prompts=not is_chat)
-    chunks, _ = begin(ours, engine, report)
+    chunks, _ = open_stream(ours, engine, report)
     for _ in range(5):
         await anext(chunks)
     await chunks.aclose()
