@@ -443,7 +443,7 @@ def test_a_chats_chunks_take_a_field_of_ours_before_they_are_serialised():
     """From 0.33 on, where vLLM makes them as objects."""
     if HAS_CHUNK_OBJECTS:
         stream = OpenAIServingChat.chat_completion_stream_generator
-        assert_in_order(stream, f"self.{CHAT_STREAM_GENERATOR}(", "chunk.model_dump_json(")
+        assert_in_order(stream, f"self.{CHAT_STREAM}(", "chunk.model_dump_json(")
     choice = ChatCompletionResponseStreamChoice(index=0, delta=DeltaMessage(), token_ids=None)
     choice.model_extra["adaptive"] = {"temperatures": [0.5]}
     line = choice.model_dump_json(exclude_unset=True)
@@ -453,7 +453,7 @@ def test_a_chats_chunks_take_a_field_of_ours_before_they_are_serialised():
 @pytest.mark.parametrize(
     "method",
     [
-        getattr(OpenAIServingChat, CHAT_STREAM_GENERATOR),
+        getattr(OpenAIServingChat, CHAT_STREAM),
         OpenAIServingCompletion.completion_stream_generator,
     ],
     ids=lambda method: method.__name__,
