@@ -61,7 +61,6 @@ class SideStream:
         Raises:
             Whatever `compute` raises. Other graphs can be captured afterwards.
         """
-        assert self._pool is not None
         graph = torch.cuda.CUDAGraph()
         self._graphs.append(graph)
         try:
@@ -70,12 +69,12 @@ class SideStream:
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             result = compute()
         except BaseException:
-            self._abandon(graph, self._pool)
+            self._abandon(graph)
             raise
         graph.capture_end()
         return graph, result
 
-    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """End a capture that has failed, and begin a new pool.
 
         Ending it raises what CUDA says of a broken capture, which would hide the first error. Some
@@ -83,9 +82,10 @@ class SideStream:
         """
         with suppress(RuntimeError):
             graph.capture_end()
-        with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-        self._pool = torch.cuda.graph_pool_handle()
+        if self._pool is not None:
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            self._pool = torch.cuda.graph_pool_handle()
 
 
 class HiddenRows:

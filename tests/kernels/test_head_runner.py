@@ -57,21 +57,9 @@ class FakeDevice:
 class FakeGraph:
     """Records the head's products, and makes them again with what its input then holds."""
 
-    device: ClassVar[FakeDevice]
-
-    def __init__(self) -> None:
-        self.pool = None
-        self.is_broken = self.is_whole = False
-
     def capture_begin(self, pool, capture_error_mode):
         assert capture_error_mode == "thread_local"
-        if pool in self.device.pools and self.device.pools[pool] == 0:
-            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
-        if pool in self.device.recording:
-            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
-        self.device.pools[pool] = self.device.pools.get(pool, 0) + 1
-        self.device.recording.add(pool)
-        self.pool, self.workspace = pool, self.device.workspace
+        self.pool = pool
         self.hook = torch.nn.modules.module.register_module_forward_hook(self.record)
 
     def record(self, module, inputs, output):
@@ -80,6 +68,31 @@ class FakeGraph:
 
     def capture_end(self):
         self.hook.remove()
+
+    def replay(self):
+        self.output.copy_(self.module(*self.inputs))
+
+
+class DeviceGraph(FakeGraph):
+    """A graph on a `FakeDevice`, with what CUDA and PyTorch make of failures and ends."""
+
+    device: ClassVar[FakeDevice]
+
+    def __init__(self) -> None:
+        self.is_broken = self.is_whole = False
+
+    def capture_begin(self, pool, capture_error_mode):
+        if self.device.pools.get(pool) == 0:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        if pool in self.device.recording:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self.device.pools[pool] = self.device.pools.get(pool, 0) + 1
+        self.device.recording.add(pool)
+        self.workspace = self.device.workspace
+        super().capture_begin(pool, capture_error_mode)
+
+    def capture_end(self):
+        super().capture_end()
         if self.is_broken:
             raise RuntimeError("operation failed due to a previous error during capture")
         self.device.recording.remove(self.pool)
@@ -90,7 +103,7 @@ class FakeGraph:
     def replay(self):
         assert self.workspace is self.device.workspace, "an illegal memory access"
         self.device.log.append(f"replayed {len(self.output)}")
-        self.output.copy_(self.module(*self.inputs))
+        super().replay()
 
     def __del__(self):
         if self.is_whole:
@@ -115,8 +128,8 @@ class FakeStream:
 @pytest.fixture
 def device(monkeypatch):
     found = FakeDevice()
-    monkeypatch.setattr(FakeGraph, "device", found, raising=False)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(DeviceGraph, "device", found, raising=False)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", DeviceGraph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", found.make_pool)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
@@ -249,7 +262,7 @@ class BreakingHead(FailingHead):
     """Does what CUDA forbids in a capture, which cannot be ended without another error."""
 
     def fail(self) -> None:
-        graph = next(g for g in gc.get_objects() if type(g) is FakeGraph and not g.is_whole)
+        graph = next(g for g in gc.get_objects() if type(g) is DeviceGraph and not g.is_whole)
         graph.is_broken = True
         raise MemoryError("no memory for the head")
 
