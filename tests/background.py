@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 
 NUM_AT_ONCE = 2
+# A process that takes longer hangs; most take one or two minutes.
+HANG_S = 900
+# Whoever waits for one may wait for one that runs before it, too.
+WAIT_S = 2 * HANG_S
 # Whoever runs fewer tests of a module does not want to wait for all its processes.
 MIN_TESTS = 4
 

@@ -218,10 +218,14 @@ class Experiment(_Strict):
 
         Its numbers mean nothing; it shows that an experiment runs from end to end.
         """
+        # Enough for pairs of several prompts, which training needs, whatever is sampled.
+        num_train = max(3, 10 // len(self.tasks))
         tasks = {
             name: task.model_copy(
                 update={
-                    "prompts": task.prompts.model_copy(update={"num_train": 10, "num_test": 4}),
+                    "prompts": task.prompts.model_copy(
+                        update={"num_train": num_train, "num_test": 2}
+                    ),
                     "max_tokens": min(task.max_tokens, 40),
                 }
             )
@@ -231,7 +235,7 @@ class Experiment(_Strict):
             name: head.model_copy(update={"max_epochs": 2}) for name, head in self.heads.items()
         }
         evaluation = {"num_responses": min(self.evaluation.num_responses, 3)}
-        evaluation |= {"num_train_prompts": min(self.evaluation.num_train_prompts, 4)}
+        evaluation |= {"num_train_prompts": min(self.evaluation.num_train_prompts, 2)}
         return self.model_copy(
             update={
                 "tasks": tasks,

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from adaptive_head import AdaptiveHead, load_head
+from tests.background import WAIT_S
 from tests.engine.engines import ROOT, Engines, get_engines
 
 HERE = ROOT / "tests" / "engine"
@@ -12,6 +13,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.engine)
+            item.add_marker(pytest.mark.timeout(WAIT_S))
 
 
 @pytest.fixture(scope="session")

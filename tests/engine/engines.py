@@ -10,7 +10,7 @@ from typing import Any
 
 from adaptive_head import HeadConfig
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
-from tests.background import Background
+from tests.background import HANG_S, Background
 from tests.engine.tiny_model import HIDDEN_SIZE, make_tiny_model
 from tests.heads import save_strong_head
 from tests.leftovers import find_cause, run
@@ -18,8 +18,6 @@ from tests.leftovers import find_cause, run
 ROOT = Path(__file__).parents[2]
 INTERPRETED = Path(__file__).parent / "interpreted_triton"
 TEMPERATURES = (0.0, 0.3, 0.7, 1.1, 1.6)
-# A process of engines that takes longer hangs.
-HANG_S = 480
 
 WORKERS = {
     ("v1", "adaptive"): WORKER_CLS,

@@ -33,6 +33,7 @@ from adaptive_head.lpo.engine_ray import (
 )
 from adaptive_head.lpo.experiment import EngineConfig
 from adaptive_head.options import AdaptiveRequest
+from tests.background import WAIT_S
 from tests.engine.engines import TEMPERATURES, get_engines
 from tests.processors import PROCESSORS, WITHOUT_BFLOAT16, run_on
 
@@ -200,6 +201,7 @@ def by_id(answers: list[dict]) -> dict[str, dict]:
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.timeout(WAIT_S)
 class TestRunning:
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_every_request_is_answered_once(self, results, backend):
