@@ -1,11 +1,14 @@
 """Heads that come and go in a running server."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from adaptive_head import HeadConfig
+from adaptive_head import HeadConfig, load_head
+from adaptive_head.checkpoint import read_metadata, write_metadata
+from adaptive_head.lpo.probing import make_probe, read_probe_states
 from server.head_routes import ADMIN_KEY_HEADER, HEADS_PATH
 from tests.heads import save_strong_head
 from tests.server.conftest import ADMIN_KEY, HIDDEN_SIZE, MODEL, TEMPERATURES
@@ -115,6 +118,28 @@ def test_under_load_a_bad_head_changes_nothing_and_a_good_one_reaches_the_next_r
         assert temperatures <= set(OLD) or temperatures <= set(NEW), "never of both"
     assert all(set(future.result()["temperatures"]) <= set(NEW) for future in after)
     assert set(others["temperatures"]) <= set(TEMPERATURES)
+
+
+def test_a_head_must_make_of_the_served_model_what_its_probe_says(server, change, folder, model):
+    """Probes by transformers' model, in float32, against the served one."""
+    states = read_probe_states(model)
+    probe = make_probe(load_head(folder / "late-1").network, states)
+    assert max(probe.temperatures) - min(probe.temperatures) > 0.1
+    for name, temperatures in [
+        ("right", probe.temperatures),
+        ("wrong", tuple(reversed(probe.temperatures))),
+    ]:
+        head = shutil.copytree(folder / "late-1", folder / name, dirs_exist_ok=True)
+        claimed = probe.model_copy(update={"temperatures": temperatures})
+        described = read_metadata(head).model_copy(update={"probe": claimed})
+        write_metadata(head, described)
+    before = server.sum_metric("adaptive_requests_total")
+    refused = change("POST", name="late", folder="wrong")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "folder")
+    assert "its feature probe does not fit" in refused.json()["error"]["message"]
+    assert change("POST", name="late", folder="right").is_success
+    assert server.sum_metric("adaptive_requests_total") == before, "probes are not counted"
+    assert set(complete(server, head="late")["temperatures"]) <= set(OLD)
 
 
 def test_a_canary_answers_its_share_and_both_are_in_the_metrics(server, change):
