@@ -2,6 +2,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from vllm.outputs import SamplingMask
 
+from adaptive_head.decision import Decision
 from server.heads import ServedHead
 from tests.server.fakes import describe_head, feed, make_output, make_report, sample
 
@@ -95,19 +96,19 @@ def test_temperatures_leave_the_place_where_sampling_masks_are_expected():
 
 def test_a_token_without_a_temperature_is_a_bug_that_shows():
     output = make_output((0, [0.3, 0.7], None))
-    output.outputs[0].sampling_mask = SamplingMask([[700_000, 1]])
+    output.outputs[0].sampling_mask = SamplingMask([[1, *Decision(700_000)]])
     report = make_report().begin_prompt()
     report.read(output)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="a token came without a decision"):
         report.flush()
 
 
 def test_a_temperature_without_a_token_is_a_bug_that_shows():
     output = make_output((0, [0.3, 0.7], None))
-    output.outputs[0].sampling_mask = SamplingMask([[300_000, 0], [700_000, 2]])
+    output.outputs[0].sampling_mask = SamplingMask([[0, *Decision(300_000)], [2, *Decision(700_000)]])
     report = make_report().begin_prompt()
     report.read(output)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="a decision came without its token"):
         report.flush()
 
 
