@@ -105,7 +105,9 @@ def test_a_token_without_a_temperature_is_a_bug_that_shows():
 
 def test_a_temperature_without_a_token_is_a_bug_that_shows():
     output = make_output((0, [0.3, 0.7], None))
-    output.outputs[0].sampling_mask = SamplingMask([[0, *Decision(300_000)], [2, *Decision(700_000)]])
+    output.outputs[0].sampling_mask = SamplingMask(
+        [[0, *Decision(300_000)], [2, *Decision(700_000)]]
+    )
     report = make_report().begin_prompt()
     report.read(output)
     with pytest.raises(AssertionError, match="a decision came without its token"):
