@@ -62,7 +62,7 @@ class AdaptiveFields(BaseModel):
         """vLLM's conversion; an adaptive request's parameters carry its options."""
         params: SamplingParams = super().to_sampling_params(*args, **kwargs)  # type: ignore[misc]
         if (report := self._report) is not None:
-            params.extra_args = {**(params.extra_args or {}), **report.options.to_extra_args()}
+            params.extra_args = {**(params.extra_args or {}), **report.extra_args}
         return params
 
 

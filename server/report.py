@@ -121,6 +121,9 @@ class Report:
         takes_many_prompts: whether each call of the engine generates the next prompt's answers, as
             for `/v1/completions`. Otherwise each continues the one prompt's, as after a tool call.
         head: chooses the temperatures; None for a policy without one.
+
+    Attributes:
+        extra_args: the options as the sampling parameters of each of its prompts carry them.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class Report:
     ) -> None:
         self.options = options
         self.detail = detail
+        self.extra_args = options.to_extra_args()
         self._num_choices = num_choices
         self._metrics = metrics
         self._takes_many_prompts = takes_many_prompts
@@ -214,8 +218,10 @@ class PromptReport:
         for completion in output.outputs:
             choice = self._choices[completion.index]
             self._num_uncounted += choice.reader.read(completion)
-            is_end = completion.finish_reason is not None
-            if is_end and completion.finish_reason != "abort" and (mean := choice.mean) is not None:
+            if (
+                completion.finish_reason not in (None, "abort")
+                and (mean := choice.mean) is not None
+            ):
                 self._metrics.count_answer(self.options, mean)
         if self._num_uncounted >= _MAX_UNCOUNTED_TOKENS or output.finished:
             self.flush()
@@ -250,7 +256,7 @@ def find_prompt_report(params: SamplingParams) -> PromptReport | None:
         return None
     # A prompt that vLLM generates with other parameters is none of the request's own.
     asked = (params.extra_args or {}).get(EXTRA_ARGS_KEY)
-    is_own = asked == report.options.to_extra_args()[EXTRA_ARGS_KEY]
+    is_own = asked == report.extra_args[EXTRA_ARGS_KEY]
     return report.begin_prompt() if is_own else None
 
 
