@@ -72,6 +72,7 @@ export class Settings {
   get temperatures() {
     const [head] = this.#heads.filter(({ id }) => this.#form.elements.chooser.value === `head:${id}`);
     const values = this.read();
+    if ((values.get("adaptive.select") || head?.select) === "mean") return [];
     const number = (name, otherwise) => Number(values.get(name) || otherwise);
     const low = number("adaptive.min", 0);
     const high = number("adaptive.max", Infinity);

@@ -39,6 +39,14 @@ def test_fields_become_the_request(page, server):
     assert bodies == [shared | adaptive, shared | {"temperature": 0.4}]
 
 
+def test_how_a_head_selects_is_its_own_unless_the_page_is_told(page, server):
+    page.open_ready()
+    page.fill(compare=None, seed="", max_tokens="")
+    page.run()
+    (body,) = map(json.loads, server.bodies)
+    assert body["adaptive"] == {"head": "tok", "report": "tokens"}
+
+
 def test_a_policy_shows_its_own_fields_only(page, server):
     page.open_ready()
     page.fill(chooser="policy:schedule", adaptive__schedule__end=0, adaptive__schedule__tokens=9)
