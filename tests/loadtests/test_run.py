@@ -18,6 +18,7 @@ import yaml
 
 from loadtests.scenario import list_scenarios, load_scenario
 from tests.loadtests.document import ADJUSTED, COMPARE, DOCUMENT, LOCUST, SMOKE, WEB
+from tests.programs import HANG_S
 from tests.server.conftest import BIN, find_free_port
 
 LOADTESTS = [sys.executable, "-m", "loadtests"]
@@ -105,7 +106,7 @@ def test_ctrl_c_ends_a_run_with_its_summary(mock, tmp_path):
                 break
         time.sleep(2)
         running.send_signal(signal.SIGINT)
-        _, log = running.communicate(timeout=60)
+        _, log = running.communicate(timeout=HANG_S)
     finally:
         running.kill()
     assert running.returncode == 0, log
@@ -148,7 +149,7 @@ def test_a_wrong_path_is_refused(mock):
 
 def test_workers_are_refused():
     command = [str(BIN / "locust"), "-f", "loadtests/locustfile.py", "--headless", "--master"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
     assert finished.returncode == 2
     assert "run one locust process" in finished.stderr
 
@@ -163,7 +164,7 @@ def serving(command: list[str], port: int, **environment: str) -> Iterator[httpx
             yield browser
     finally:
         page.terminate()
-        page.wait(30)
+        page.wait(HANG_S)
 
 
 def test_the_command_serves_locusts_page(mock):
@@ -193,7 +194,7 @@ def read_state(browser: httpx.Client) -> str:
 
 
 def wait_until(condition) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_S
     while True:
         try:
             if condition():
