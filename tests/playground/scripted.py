@@ -12,6 +12,8 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from server.head_routes import describe
+from server.heads import HeadRegistry
 from server.playground import make_playground_router
 from tests.server.fakes import HEADS, MODEL
 
@@ -73,10 +75,8 @@ class ScriptedServer:
         return self._refuse(request) or JSONResponse({"data": cards})
 
     async def _show_heads(self, request: Request) -> Response:
-        heads = [
-            {"id": name, "default": name == "seq", **head.model_dump(mode="json")}
-            for name, head in self.heads.items()
-        ]
+        registry = HeadRegistry(self.heads, "seq")
+        heads = [describe(head, registry) for head in registry]
         return self._refuse(request) or JSONResponse({"data": heads})
 
     async def _chat(self, request: Request) -> Response:
