@@ -249,7 +249,7 @@ def test_a_crowd_that_comes_and_goes_leaves_nothing_behind_and_is_counted_right(
         body = make_body(
             path, draw.randint(1, 12), temperature=temperature, stream=draw.random() < 0.5
         )
-        patience = draw.choice([0.3, 2.0, 120.0, 120.0, 120.0])
+        patience = draw.choice([0.3, 2.0, HANG_S, HANG_S, HANG_S])
         try:
             response = await asyncio.wait_for(client.post(path, json=body), patience)
             return str(response.status_code)
@@ -258,7 +258,7 @@ def test_a_crowd_that_comes_and_goes_leaves_nothing_behind_and_is_counted_right(
 
     async def crowd() -> Counter:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=HANG_S, limits=limits) as client:
             return Counter(await asyncio.gather(*(ask(client, number) for number in range(200))))
 
     results = asyncio.run(crowd())
