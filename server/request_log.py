@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 from vllm.logger import init_logger
 
@@ -23,7 +24,12 @@ STDOUT = "-"
 MAX_WAITING_LINES = 10_000
 CLOSE_TIMEOUT_S = 5.0
 # Writes ASCII, so that no text from a client can break a line or an encoding.
-FORMATTER = JsonFormatter((), json_serializer=partial(json.dumps, separators=(",", ":")))
+FORMATTER = JsonFormatter(
+    (),
+    # vLLM adds its process's name to every log record.
+    reserved_attrs=[*RESERVED_ATTRS, "vllm_process_name"],
+    json_serializer=partial(json.dumps, separators=(",", ":")),
+)
 
 
 class RequestLog(logging.handlers.QueueListener, Observer):

@@ -256,10 +256,20 @@ def test_a_crowd_that_comes_and_goes_leaves_nothing_behind_and_is_counted_right(
         except TimeoutError:
             return "left"
 
+    async def leave(client) -> str:
+        """Leave in the middle of an answer."""
+        body = make_body(max_tokens=1000, stream=True)
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            async for _ in response.aiter_lines():
+                return "left"
+        return "ended"
+
     async def crowd() -> Counter:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=server.url, timeout=HANG_S, limits=limits) as client:
-            return Counter(await asyncio.gather(*(ask(client, number) for number in range(200))))
+            crowd = [ask(client, number) for number in range(197)]
+            crowd += [leave(client) for _ in range(3)]
+            return Counter(await asyncio.gather(*crowd))
 
     results = asyncio.run(crowd())
     assert results.keys() == {"200", "left"}, results

@@ -52,6 +52,7 @@ class Engine:
 def warnings(caplog, monkeypatch):
     # vLLM's loggers do not propagate, which keeps them from caplog.
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="vllm")
     return lambda: [
         message for _, level, message in caplog.record_tuples if level >= logging.WARNING
     ]

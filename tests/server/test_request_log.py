@@ -1,6 +1,7 @@
 """What the request log says of a request, without an engine; with one: test_faults.py."""
 
 import json
+import logging
 import os
 
 import httpx
@@ -9,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
+from vllm.logger import _VllmLogRecordFactory
 
 from server.record import MAX_TEXT_LEN, Recorder, current_record, note_request
 from server.request_log import RequestLog, check_target
@@ -283,6 +285,18 @@ def test_the_standard_output_gets_lines_without_a_prefix(capfd, registry):
     log.write({"number": 0})
     log.close()
     assert capfd.readouterr().out == '{"number":0}\n'
+
+
+def test_what_vllm_adds_to_log_records_is_not_in_a_line(tmp_path, registry):
+    factory = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_VllmLogRecordFactory(logging.LogRecord))
+    try:
+        log = RequestLog(str(tmp_path / "log"), registry)
+        log.write({"number": 0})
+        log.close()
+    finally:
+        logging.setLogRecordFactory(factory)
+    assert (tmp_path / "log").read_text() == '{"number":0}\n'
 
 
 def test_processes_can_share_a_file(tmp_path):
