@@ -30,7 +30,7 @@ def refusal(folder) -> str:
     return str(caught.value)
 
 
-# As the first releases wrote it, but for the numbers.
+# As the first releases wrote it, except for the numbers.
 FORMAT_1 = {
     "format_version": 1,
     "temperatures": [0.0, 0.5, 1.0],

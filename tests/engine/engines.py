@@ -125,7 +125,7 @@ def make_environment(runner: str) -> dict[str, str]:
         # By itself vLLM wants a NUMA node a worker.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Everything in one process: each further one imports vLLM anew.
+        # Everything in one process: every further process would import vLLM again.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     if runner == "v2":

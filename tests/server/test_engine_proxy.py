@@ -101,7 +101,7 @@ async def test_the_engine_gets_the_parameters_as_they_are():
 
 
 async def test_a_chat_generates_again_and_continues_its_answer():
-    """As after a tool call: the same prompt, whose next turn begins anew."""
+    """As after a tool call: the same prompt, in its next turn."""
     registry = CollectorRegistry()
     params = admit(registry, adaptive={"report": "tokens"})
     for _ in range(2):
