@@ -91,9 +91,15 @@ class Server:
         states = [f"vllm:num_requests_{state}" for state in ("running", "waiting")]
         wait_until(lambda: not any(map(self.sum_metric, states)), seconds)
 
-    def wait_until_running(self, num_requests: int) -> None:
-        """Wait until the engine runs so many requests at once, which must be long enough for it."""
-        wait_until(lambda: self.sum_metric("vllm:num_requests_running") >= num_requests)
+    @contextmanager
+    def beginning(self, num_prompts: int) -> Iterator[None]:
+        """Wait at the end until the engine has been handed so many adaptive prompts in between.
+
+        A count, unlike the gauge of running requests, cannot miss a short one.
+        """
+        wanted = self.sum_metric("adaptive_requests_total") + num_prompts
+        yield
+        wait_until(lambda: self.sum_metric("adaptive_requests_total") >= wanted)
 
     def kill(self) -> None:
         self.http.close()

@@ -11,6 +11,7 @@ import socket
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import httpx
@@ -309,27 +310,27 @@ def test_a_wrong_body_is_refused_and_the_server_goes_on(site, content, content_t
 def test_a_server_that_is_told_to_stop_lets_answers_end_and_takes_no_new_ones(site):
     server = site.server
     children = server.children
-    with ThreadPoolExecutor(4) as pool:
+    # How a reader whose buffers are full is left: test_shutdown.py.
+    slow_body = make_body(max_tokens=1900, n=8, logprobs=20)
+    with ThreadPoolExecutor(4) as pool, ExitStack() as stack:
         chat = "/v1/chat/completions"
-        long = pool.submit(stream, server, chat, make_body(chat, max_tokens=1900))
-        # How a reader whose buffers are full is left: test_shutdown.py.
-        slow = connect_slowly(server, make_body(max_tokens=1900, n=8, logprobs=20))
-        server.wait_until_running(9)
-        body = make_body(max_tokens=20)
-        short = pool.submit(stream, server, "/v1/completions", body)
-        whole = pool.submit(server.post, "/v1/completions", body)
-        server.wait_until_running(11)
+        with server.beginning(2):
+            long = pool.submit(stream, server, chat, make_body(chat, max_tokens=1900))
+            stack.enter_context(connect_slowly(server, slow_body))
+        body = make_body(max_tokens=40)
+        with server.beginning(2):
+            short = pool.submit(stream, server, "/v1/completions", body)
+            whole = pool.submit(server.post, "/v1/completions", body)
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: server.get("/health").status_code == 503)
         refused = server.post("/v1/completions", make_body())
         assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
         assert short.result()[-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in short.result()[-2]
-        assert whole.result().json()["usage"]["completion_tokens"] == 20
+        assert whole.result().json()["usage"]["completion_tokens"] == 40
         assert server.process.wait(GRACE_S + HANG_S) == 0
         assert long.result()[-1] == "data: [DONE]"
         assert '"finish_reason":"abort"' in long.result()[-2]
-        slow.close()
     _, alive = psutil.wait_procs(children, timeout=HANG_S)
     assert not alive
     assert sorted(line["status"] for line in read_lines(site)[-5:]) == [200] * 4 + [503]
@@ -346,10 +347,11 @@ def stream(server, path: str, body: dict) -> list[str]:
 def test_an_engine_that_dies_ends_its_streams_and_the_server(ending_server):
     server = ending_server
     with ThreadPoolExecutor(4) as pool:
-        open_streams = [
-            pool.submit(stream, server, path, make_body(path, max_tokens=1500)) for path in BODIES
-        ]
-        server.wait_until_running(3)
+        with server.beginning(3):
+            open_streams = [
+                pool.submit(stream, server, path, make_body(path, max_tokens=1500))
+                for path in BODIES
+            ]
         (worker,) = [child for child in server.children if "Worker" in child.name()]
         worker.kill()
         ends = ["".join(future.result()[-3:]) for future in open_streams]

@@ -137,8 +137,8 @@ def test_several_api_processes_end_together_when_their_answers_have(several):
     body = {"model": MODEL, "prompt": "Once upon", "temperature": "adaptive", "ignore_eos": True}
     body |= {"max_tokens": 150}
     with ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(several.post, "/v1/completions", body) for _ in range(6)]
-        several.wait_until_running(6)
+        with several.beginning(6):
+            answers = [pool.submit(several.post, "/v1/completions", body) for _ in range(6)]
         assert_ends(several, signal.SIGTERM)
         for answer in answers:
             (choice,) = answer.result().json()["choices"]
