@@ -66,7 +66,7 @@ def time_steps(
     start = time.perf_counter()
     for step in range(num_steps):
         micro = 700_000 + 100_000 * (step // run_len % 2)
-        lists = DecisionLists(np.full(num_requests, micro, np.int32))
+        lists = DecisionLists(np.full((num_requests, 1), micro, np.int32))
         masks = sender.begin_step(lists, request_ids) if reports else None
         run_step(masks, request_ids, reports)
     elapsed = time.perf_counter() - start

@@ -33,7 +33,6 @@ from vllm.v1.outputs import LogprobsLists, SamplingMaskLists
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from adaptive_head.checkpoint import read_metadata
-from adaptive_head.decision import Decision
 from adaptive_head.options import EXTRA_ARGS_KEY, Options
 from adaptive_head.slots import MICRO
 from adaptive_head.vllm.settings import read_settings
@@ -210,7 +209,7 @@ class MockCore(EngineCoreClient):
             micro = self._choose(answer, answer.options, position)
             # As `DecisionSender` sends them; it would cost a token here more than it may.
             if micro != answer.last:
-                record = np.array([position, *Decision(micro)], np.int32)
+                record = np.array([position, micro], np.int32)
                 output.new_sampling_mask = SamplingMaskLists(record)
                 answer.last = micro
             if answer.options.level == "sequence" or answer.options.policy == "constant":

@@ -17,7 +17,7 @@ logger = init_logger("vllm.adaptive")
 # and the choices' with the first key of the first. Every chunk of vLLM's has one choice, except for
 # the one with the usage and for errors, which have none.
 _FINISHED = '"finish_reason":"'
-_CHOICE = re.compile(r'"choices":\[\{"index":(\d+)')
+_CHOICE = re.compile(r'"choices":\[\{"index":(\d+),')
 # Set, if only to null, in chunks that are made of tokens, and not in those before them, which have
 # a chat's role and echo its last message.
 _TOKENS = "token_ids"
@@ -38,18 +38,25 @@ class ChunkWriter:
     def __init__(self, report: Report, show_tokens: bool) -> None:
         self._report = report
         self._show_tokens = show_tokens
+        # How the last chunk began, up to the fields of its choice, and the choice's index.
+        self._beginning = ""
+        self._index = 0
 
     def write_text(self, chunk: str) -> str:
         """Return a server-sent event of vLLM's with the field `adaptive`."""
         is_finished = _FINISHED in chunk
         if not (self._show_tokens or is_finished) or _TOKENS_KEY not in chunk:
             return chunk
-        choice = _CHOICE.search(chunk)
-        if choice is None or not (adaptive := self._describe(int(choice[1]), is_finished)):
+        # The chunks of one choice begin alike.
+        if not (self._beginning and chunk.startswith(self._beginning)):
+            if (choice := _CHOICE.search(chunk)) is None:
+                return chunk
+            self._beginning, self._index = chunk[: choice.end()], int(choice[1])
+        if not (adaptive := self._describe(self._index, is_finished)):
             return chunk
         # As text: to decode and encode every chunk would cost more than all else that we do.
-        place = choice.end()
-        return f'{chunk[:place]},"adaptive":{msgspec.json.encode(adaptive).decode()}{chunk[place:]}'
+        field = msgspec.json.encode(adaptive).decode()
+        return f'{self._beginning}"adaptive":{field},{chunk[len(self._beginning) :]}'
 
     def write_object(self, chunk: Any) -> Any:
         """Return a chunk that vLLM has not yet serialised with the field `adaptive`."""

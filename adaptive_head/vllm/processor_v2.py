@@ -103,7 +103,7 @@ class AdaptiveTemperature(LogitsProcessor):
         scale_logits(logits, self._step.micros, first_row)
         return logits
 
-    def take_choices(self, num_sampled: torch.Tensor) -> DecisionTensors | None:
+    def take_decisions(self, num_sampled: torch.Tensor) -> DecisionTensors | None:
         """What was chosen in this step, or None where no request was adaptive.
 
         Args:
@@ -112,7 +112,7 @@ class AdaptiveTemperature(LogitsProcessor):
         if self._step is None:
             return None
         self._step.end(num_sampled)
-        return DecisionTensors(self._step.micros, self._step.batch.starts_np)
+        return DecisionTensors(self._step.micros.unsqueeze(1), self._step.batch.starts_np)
 
     def _describe(self, batch: InputBatch) -> Batch:
         return Batch(

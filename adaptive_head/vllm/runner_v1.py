@@ -154,7 +154,8 @@ class AdaptiveRunnerV1(_Stock):
         try:
             self.sampler.step = self._prepare_step(state.sample_hidden_states)
             output = super().sample_tokens(grammar_output)
-            output.sampling_masks = DecisionLists(to_micro(self.sampler.temperatures).numpy())
+            micros = to_micro(self.sampler.temperatures)
+            output.sampling_masks = DecisionLists(micros.unsqueeze(1).numpy())
         finally:
             self.sampler.step = self.sampler.temperatures = None
         return output

@@ -126,5 +126,5 @@ class AdaptiveRunnerV2(_Stock):
         with self.adaptive.sampling(hidden_states, input_batch):
             result = super().sample(hidden_states, input_batch, grammar_output)
             output, num_sampled, _ = result
-            output.sampling_mask_tensors = self.adaptive.take_choices(num_sampled)
+            output.sampling_mask_tensors = self.adaptive.take_decisions(num_sampled)
         return result

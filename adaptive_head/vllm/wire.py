@@ -7,20 +7,19 @@ stream outputs. `DecisionTensors` stands where V2 expects its `SamplingMaskTenso
 
 Decoding a mask costs the API process more than a token without one does, so a decision is sent
 only where it differs from the one before. The mask of such a token is one record of int32: its
-position in the answer, then the fields of its `Decision`. `DecisionReader` gives the tokens without
-a mask the decision before theirs.
+position in the answer, then the first fields of its `Decision`; those left out have their default.
+`DecisionReader` gives the tokens without a mask the decision before theirs.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 import numpy as np
 import torch
 from vllm.outputs import CompletionOutput
 from vllm.v1.outputs import SamplingMaskLists
 
-from adaptive_head.decision import NOT_SET, Decision
+from adaptive_head.decision import Decision
 from adaptive_head.slots import ORDINARY
 from adaptive_head.vllm.compat import check_parameters
 
@@ -28,44 +27,27 @@ from adaptive_head.vllm.compat import check_parameters
 check_parameters(SamplingMaskLists.slice_request, "self", "req_idx", "num_positions")
 
 # A decision before it is worth an object: most are equal to the one before.
-Row = tuple[int, int, int, int]
+Row = tuple[int, ...]
 _NO_DECISION = Decision(ORDINARY)
-_RECORD_LEN = 1 + len(Decision._fields)
+_MAX_RECORD_LEN = 1 + len(Decision._fields)
 
 
 class DecisionLists:
     """The decisions of one step's rows, in the order of the batch.
 
     Args:
-        temperatures: int32 [rows], millionths; ORDINARY for an ordinary request. Rows of rejected
-            drafts are included, and nobody asks for them.
+        decisions: int32 [rows, num_fields], the first fields of a `Decision` as far as any row of
+            the step needs them; the temperature of an ordinary request is ORDINARY. Rows of
+            rejected drafts are included, and nobody asks for them.
         starts: int [num_requests + 1], each request's first row; None where all have one row.
-        top_p: int32 [rows], as in `Decision`; None where no row has one.
-        min_p: likewise.
-        flags: likewise; None where no row has a flag.
     """
 
     __slots__ = ("_arrays", "_rows", "_starts")
 
-    def __init__(
-        self,
-        temperatures: np.ndarray,
-        starts: np.ndarray | None = None,
-        top_p: np.ndarray | None = None,
-        min_p: np.ndarray | None = None,
-        flags: np.ndarray | None = None,
-    ) -> None:
-        self._arrays = temperatures, starts, top_p, min_p, flags
+    def __init__(self, decisions: np.ndarray, starts: np.ndarray | None = None) -> None:
+        self._arrays = decisions, starts
+        self._rows: list[Row] = [*map(tuple, decisions.tolist())]
         self._starts: list[int] | None = None if starts is None else starts.tolist()
-        self._rows: list[Row] = list(
-            zip(
-                temperatures.tolist(),
-                _list_column(top_p, NOT_SET),
-                _list_column(min_p, NOT_SET),
-                _list_column(flags, 0),
-                strict=False,
-            )
-        )
 
     def get(self, req_idx: int, num_positions: int) -> list[Row] | None:
         """The decisions of one request's new tokens; None for an ordinary request.
@@ -77,12 +59,8 @@ class DecisionLists:
         rows = self._rows[start : start + num_positions]
         return None if rows[0][0] == ORDINARY else rows
 
-    def __reduce__(self) -> tuple[type["DecisionLists"], tuple[np.ndarray | None, ...]]:
+    def __reduce__(self) -> tuple[type["DecisionLists"], tuple[np.ndarray, np.ndarray | None]]:
         return DecisionLists, self._arrays
-
-
-def _list_column(column: np.ndarray | None, absent: int) -> Iterable[int]:
-    return repeat(absent) if column is None else column.tolist()
 
 
 @dataclass(frozen=True)
@@ -90,36 +68,20 @@ class DecisionTensors:
     """A step's decisions on the device, for vLLM to copy on its own output stream.
 
     Attributes:
-        temperatures: int32 [rows], as in `DecisionLists`, and so are the other columns.
+        decisions: int32 [rows, num_fields], as in `DecisionLists`.
         starts: on the host.
     """
 
-    temperatures: torch.Tensor
+    decisions: torch.Tensor
     starts: np.ndarray | None = None
-    top_p: torch.Tensor | None = None
-    min_p: torch.Tensor | None = None
-    flags: torch.Tensor | None = None
 
     def to_cpu_nonblocking(self) -> "DecisionTensors":
         """Start the copy to the host; vLLM waits for its event before `tolists`."""
-        return DecisionTensors(
-            self.temperatures.to("cpu", non_blocking=True),
-            self.starts,
-            *(_copy_to_host(column) for column in self._optional),
-        )
+        return DecisionTensors(self.decisions.to("cpu", non_blocking=True), self.starts)
 
     def tolists(self, _num_sampled: np.ndarray | None = None) -> DecisionLists:
         """The copied decisions."""
-        optional = (None if column is None else column.numpy() for column in self._optional)
-        return DecisionLists(self.temperatures.numpy(), self.starts, *optional)
-
-    @property
-    def _optional(self) -> tuple[torch.Tensor | None, ...]:
-        return self.top_p, self.min_p, self.flags
-
-
-def _copy_to_host(column: torch.Tensor | None) -> torch.Tensor | None:
-    return None if column is None else column.to("cpu", non_blocking=True)
+        return DecisionLists(self.decisions.numpy(), self.starts)
 
 
 class DecisionSender:
@@ -240,7 +202,7 @@ class DecisionReader:
     def _place(self, records: list[list[int]]) -> Iterator[tuple[int, Decision]]:
         """The first token of each record, counted over all answers, and its decision."""
         for record in records:
-            assert len(record) == _RECORD_LEN, "a mask is no record of a decision"
+            assert 1 < len(record) <= _MAX_RECORD_LEN, "a mask is no record of a decision"
             position, *fields = record
             yield self._begin + position, Decision(*fields)
 

@@ -57,41 +57,30 @@ def test_v2_sampler_output_has_a_place_for_choices():
     )
 
 
-def column(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+def column(*temperatures: int) -> torch.Tensor:
+    return torch.tensor(temperatures, dtype=torch.int32).unsqueeze(1)
 
 
-def test_choices_go_through_v2s_conversion():
+def test_decisions_go_through_v2s_conversion():
     tensors = DecisionTensors(column(700_000, ORDINARY, 0))
     lists = tensors.to_cpu_nonblocking().tolists(np.array([1, 1, 1]))
     assert isinstance(lists, DecisionLists)
-    assert [lists.get(row, 1) for row in range(3)] == [[Decision(700_000)], None, [Decision(0)]]
+    assert [lists.get(row, 1) for row in range(3)] == [[(700_000,)], None, [(0,)]]
 
 
-@pytest.mark.parametrize(
-    ("columns", "expected"),
-    [
-        ({"top_p": (900_000, NOT_SET)}, [Decision(5, top_p=900_000), Decision(6)]),
-        ({"min_p": (NOT_SET, 100_000)}, [Decision(5), Decision(6, min_p=100_000)]),
-        ({"flags": (0, 1)}, [Decision(5), Decision(6, flags=DecisionFlag.ABSTAINED)]),
-        (
-            {"top_p": (1, 2), "min_p": (3, 4), "flags": (1, 0)},
-            [Decision(5, 1, 3, 1), Decision(6, 2, 4, 0)],
-        ),
-    ],
-    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
-)
-def test_a_column_that_the_batch_uses_goes_along(columns, expected):
-    tensors = DecisionTensors(
-        column(5, 6), **{name: column(*values) for name, values in columns.items()}
-    )
-    lists = tensors.to_cpu_nonblocking().tolists()
-    for copied in (lists, pickle.loads(pickle.dumps(lists))):
-        assert [copied.get(row, 1) for row in range(2)] == [[decision] for decision in expected]
-    sender = DecisionSender().begin_step(lists, ["a", "b"])
-    assert [sender.slice_request(row, 1).to_nested_list() for row in range(2)] == [
-        [[0, *decision]] for decision in expected
+@pytest.mark.parametrize("num_fields", range(1, 5))
+def test_a_step_sends_as_many_fields_as_it_has(num_fields):
+    expected = [
+        Decision(*decision[:num_fields])
+        for decision in (Decision(5, 1, 3, DecisionFlag.ABSTAINED), Decision(6))
     ]
+    fields = torch.tensor(expected, dtype=torch.int32)[:, :num_fields]
+    lists = DecisionTensors(fields).to_cpu_nonblocking().tolists()
+    for copied in (lists, pickle.loads(pickle.dumps(lists))):
+        sender = DecisionSender().begin_step(copied, ["a", "b"])
+        masks = [sender.slice_request(row, 1).to_nested_list() for row in range(2)]
+        assert masks == [[[0, *decision[:num_fields]]] for decision in expected]
+        assert [read((1, mask)) for mask in masks] == [[(found, 1)] for found in expected]
 
 
 def test_a_request_with_drafts_hands_over_as_many_choices_as_it_kept_tokens():
@@ -100,11 +89,11 @@ def test_a_request_with_drafts_hands_over_as_many_choices_as_it_kept_tokens():
     lists = DecisionTensors(temperatures, starts).to_cpu_nonblocking().tolists(np.array([2, 1, 1]))
     for copied in (lists, pickle.loads(pickle.dumps(lists))):
         kept = [copied.get(0, 2), copied.get(1, 1), copied.get(2, 1)]
-        assert kept == [[Decision(5), Decision(6)], None, [Decision(8)]]
+        assert kept == [[(5,), (6,)], None, [(8,)]]
         sender = DecisionSender().begin_step(copied, ["a", "b", "c"])
-        assert sender.slice_request(0, 2).to_nested_list() == [record(0, 5), record(1, 6)]
+        assert sender.slice_request(0, 2).to_nested_list() == [[0, 5], [1, 6]]
         assert sender.slice_request(1, 1) is None
-        assert sender.slice_request(2, 1).to_nested_list() == [record(0, 8)]
+        assert sender.slice_request(2, 1).to_nested_list() == [[0, 8]]
 
 
 def record(position: int, temperature: int, **others: int) -> list[int]:
@@ -187,7 +176,6 @@ def test_a_token_without_a_choice_has_the_one_before():
         [(1, [record(1, 5)])],
         [(2, [record(0, 5), record(2, 6)])],
         [(3, [record(0, 5), record(2, 6), record(1, 7)])],
-        [(1, [record(0, 5)[:-1]])],
         [(1, [[*record(0, 5), 0]])],
         [(1, [[0]])],
     ],
@@ -278,9 +266,9 @@ def test_the_reader_returns_what_the_sampler_decided(steps, data):
 def test_model_runner_output_has_a_place_for_choices():
     output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
     assert output.sampling_masks is None
-    output.sampling_masks = DecisionLists(np.array([5], dtype=np.int32))
+    output.sampling_masks = DecisionLists(np.array([[5]], dtype=np.int32))
     copied = pickle.loads(pickle.dumps(output)).sampling_masks
-    assert copied.get(0, 1) == [Decision(5)], "workers send it by pickle"
+    assert copied.get(0, 1) == [(5,)], "workers send it by pickle"
 
 
 def test_the_scheduler_slices_by_row_and_forwards_where_its_flag_says():
@@ -299,7 +287,7 @@ def test_the_scheduler_slices_by_row_and_forwards_where_its_flag_says():
 
 
 def test_choices_cross_to_the_api_process_in_vllms_encoding():
-    lists = DecisionLists(np.array([ORDINARY, 1_234_567, 2_147_483_647, 0], dtype=np.int32))
+    lists = DecisionLists(column(ORDINARY, 1_234_567, 2_147_483_647, 0).numpy())
     sender = DecisionSender().begin_step(lists, ["0", "1", "2", "3"])
     outputs = [
         EngineCoreOutput(
@@ -316,9 +304,9 @@ def test_choices_cross_to_the_api_process_in_vllms_encoding():
     assert all(isinstance(mask, SamplingMaskLists) for mask in masks[1:])
     assert all(mask.token_ids.dtype == np.int32 for mask in masks[1:])
     assert [mask.to_nested_list() for mask in masks[1:]] == [
-        [record(0, 1_234_567)],
-        [record(0, 2_147_483_647)],
-        [record(0, 0)],
+        [[0, 1_234_567]],
+        [[0, 2_147_483_647]],
+        [[0, 0]],
     ]
 
 

@@ -358,7 +358,7 @@ def apply(stage: AdaptiveTemperature, logits: torch.Tensor, slots: list[int]) ->
     """Run one step. Returns what left as choices, in millionths."""
     with stage.sampling(torch.zeros(len(slots), 8), batch_of(slots)):
         stage.apply(logits, context_of(slots))
-        decisions = stage.take_choices(torch.ones(len(slots), dtype=torch.int32))
+        decisions = stage.take_decisions(torch.ones(len(slots), dtype=torch.int32))
     return None if decisions is None else decisions.temperatures.tolist()
 
 
@@ -380,7 +380,7 @@ def test_v2_stage_does_nothing_in_warm_up_and_profiling():
     stage.apply_staged_writes()
     logits = torch.ones(1, 2)
     assert stage.apply(logits, context_of([0])) is logits
-    assert logits.tolist() == [[1.0, 1.0]] and stage.take_choices(torch.ones(1)) is None
+    assert logits.tolist() == [[1.0, 1.0]] and stage.take_decisions(torch.ones(1)) is None
 
 
 def test_v2_stage_survives_requests_of_vllms_own_warm_up(single_rank):

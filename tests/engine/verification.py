@@ -126,7 +126,7 @@ def verify(
         mock.patch.object(processor_v2, "adopt_choices", lambda micros: None),
     ):
         output = verifier(torch.tensor(target)[inputs.flatten()], batch, cached)
-        choices = stage.take_choices(output.num_sampled)
+        choices = stage.take_decisions(output.num_sampled)
     lists = choices.to_cpu_nonblocking().tolists()
     num_sampled = output.num_sampled.tolist()
     tokens = output.sampled_token_ids.tolist()
