@@ -79,7 +79,6 @@ def save_head(
     trained: bool,
     training: dict[str, Any] | None = None,
     select: Selection = "argmax",
-    probe: FeatureProbe | None = None,
 ) -> HeadMetadata:
     """Write a head, with the git SHA and the package versions that made it.
 
@@ -102,7 +101,6 @@ def save_head(
         hidden_size=network.config.hidden_size,
         layer_sizes=network.config.layer_sizes,
         base_model=base_model,
-        probe=probe,
         trained=trained,
         training=training,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

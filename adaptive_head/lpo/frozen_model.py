@@ -108,7 +108,8 @@ class FrozenModel:
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [rows, d], in the model's dtype -> float32 logits [rows, vocab]."""
         given = hidden.unsqueeze(0).to(self._device)
-        self._given.output.last_hidden_state = self._exchange.given = given
+        self._given.output.last_hidden_state = given
+        self._exchange.begin(given)
         positions = torch.zeros(1, len(hidden), dtype=torch.long, device=self._device)
         logits: torch.Tensor = self._model(input_ids=positions, use_cache=False).logits
         return logits[0].float()
@@ -120,12 +121,18 @@ class FrozenModel:
         return self._read_states(input_ids, torch.ones_like(input_ids))[0].cpu()
 
     def _read_states(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """What enters the output layer, [batch, tokens, d]."""
+        """What enters the output layer, [batch, tokens, d].
+
+        Raises:
+            DataError: the model computes its logits without calling that layer.
+        """
         self._given.output = self._transformer(
             input_ids=input_ids, attention_mask=mask, use_cache=False
         )
-        self._exchange.given = None
+        self._exchange.begin(None)
         self._model(input_ids=input_ids, use_cache=False)
+        if self._exchange.entering is None:
+            raise DataError("the model does not call its output layer, so what enters is not known")
         return self._exchange.entering
 
     def _compute_logprobs(
@@ -188,15 +195,19 @@ class _Exchange:
 
     Attributes:
         given: enters instead; None: one position enters, whose logits nobody reads.
-        entering: what came.
+        entering: what came; None where nothing has.
     """
 
     given: torch.Tensor | None = None
-    entering: torch.Tensor
+    entering: torch.Tensor | None = None
+
+    def begin(self, given: torch.Tensor | None) -> None:
+        self.given, self.entering = given, None
 
     def __call__(self, _layer: nn.Module, arguments: tuple[torch.Tensor]) -> torch.Tensor:
-        (self.entering,) = arguments
-        return self.entering[:, :1] if self.given is None else self.given
+        (entering,) = arguments
+        self.entering = entering
+        return entering[:, :1] if self.given is None else self.given
 
 
 class _Given(nn.Module):

@@ -14,7 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from adaptive_head.checkpoint import BaseModelIdentity, HeadError, load_head, save_head
+from adaptive_head.checkpoint import (
+    BaseModelIdentity,
+    HeadError,
+    load_head,
+    save_head,
+    write_metadata,
+)
 from adaptive_head.lpo.experiment import HeadRecipe, derive_seed, digest
 from adaptive_head.lpo.feature_file import Features
 from adaptive_head.lpo.pair_rows import PairRows
@@ -126,10 +132,9 @@ def train_head(
         seconds=fit.seconds,
     )
     trainer.network.load_state_dict(fit.best_weights)
-    states = read_probe_states() if read_probe_states else None
     if (folder / HEAD_FOLDER).exists():
         shutil.rmtree(folder / HEAD_FOLDER)
-    save_head(
+    metadata = save_head(
         folder / HEAD_FOLDER,
         trainer.network,
         level=recipe.level,
@@ -144,8 +149,11 @@ def train_head(
             "history": [asdict(epoch) for epoch in fit.history],
             "provenance": provenance,
         },
-        probe=None if states is None else make_probe(trainer.network, states),
     )
+    # A machine without room for the model in float32 may end the process here.
+    if read_probe_states and (states := read_probe_states()) is not None:
+        probe = make_probe(trainer.network, states)
+        write_metadata(folder / HEAD_FOLDER, metadata.model_copy(update={"probe": probe}))
     return result
 
 

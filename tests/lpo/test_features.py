@@ -302,6 +302,14 @@ def half(tmp_path, model):
     return tmp_path / "half"
 
 
+def test_a_model_that_goes_around_its_output_layer_is_refused(model, monkeypatch):
+    frozen = FrozenModel(model)
+    frozen.read_states([1, 2])
+    monkeypatch.setattr(frozen._model, "forward", lambda **_: None)
+    with pytest.raises(DataError, match="does not call its output layer"):
+        frozen.read_states([1, 2])
+
+
 def test_model_runs_in_its_checkpoint_s_dtype(tmp_path, model, half, monkeypatch):
     run_on(monkeypatch, "Sapphire Rapids")
     features = compute(half, tmp_path)
