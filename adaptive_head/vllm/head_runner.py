@@ -8,7 +8,7 @@ import torch
 
 from adaptive_head.head import AdaptiveHead
 
-# Beyond it a head's products are no longer a matter of launches, and run without a graph.
+# Larger batches are no longer launch-bound, so they run without a graph.
 MAX_GRAPH_ROWS = 512
 
 
@@ -68,10 +68,10 @@ class SideStream:
             # and of this thread only: another of vLLM's threads waits for outputs of earlier steps.
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             result = compute()
+            graph.capture_end()
         except BaseException:
             self._abandon(graph)
             raise
-        graph.capture_end()
         return graph, result
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
