@@ -37,3 +37,8 @@ class Decision(NamedTuple):
     def has_abstained(self) -> bool:
         """Whether the head was too unsure, and the temperature is its fallback."""
         return bool(self.flags & DecisionFlag.ABSTAINED)
+
+
+def round_to_millionth(value: float) -> float:
+    """A value as decisions carry it."""
+    return round(value * MILLION) / MILLION

@@ -11,16 +11,9 @@ import numpy as np
 import torch
 
 from adaptive_head import policies
+from adaptive_head.decision import MILLION
 from adaptive_head.head import AdaptiveHead, gumbel_noise, select_argmax, select_mean, select_sample
-from adaptive_head.slots import (
-    MICRO,
-    ORDINARY,
-    Column,
-    PolicyIndex,
-    SelectionIndex,
-    SlotTable,
-    to_micro,
-)
+from adaptive_head.slots import ORDINARY, Column, PolicyIndex, SelectionIndex, SlotTable, to_micro
 from adaptive_head.transfer import upload
 
 
@@ -112,7 +105,7 @@ class TemperatureSelector(SlotTable):
             options[:, Column.MIN], options[:, Column.MAX]
         )
         is_ordinary = temperatures.isnan()
-        temperatures = (to_micro(temperatures) / MICRO).masked_fill(is_ordinary, torch.nan)
+        temperatures = (to_micro(temperatures) / MILLION).masked_fill(is_ordinary, torch.nan)
         if is_sequence_np.any():
             temperatures = self._keep_sequence_choice(step, options, temperatures)
         return temperatures

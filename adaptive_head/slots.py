@@ -12,13 +12,12 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from adaptive_head.decision import MILLION
 from adaptive_head.head import MAX_NUM_TEMPERATURES, AdaptiveHead
 from adaptive_head.options import Options, PolicyName
 from adaptive_head.phases import PhaseTracker
 from adaptive_head.transfer import upload
 
-# Temperatures travel to the API process as integers: exact in decimal, and small on the wire.
-MICRO = 1_000_000
 ORDINARY = -1
 
 
@@ -251,7 +250,7 @@ class SlotTable:
 
 def to_micro(temperatures: torch.Tensor) -> torch.Tensor:
     """Temperatures as int32 millionths, a half rounded up; -1 where a row is ordinary (NaN)."""
-    micro = torch.floor(temperatures.double() * MICRO + 0.5)
+    micro = torch.floor(temperatures.double() * MILLION + 0.5)
     return torch.nan_to_num(micro, nan=float(ORDINARY)).to(torch.int32)
 
 

@@ -1,22 +1,20 @@
 """Every metric of the front end, declared once. They stand beside vLLM's own on /metrics."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 from prometheus_client.utils import floatToGoString
 
-from adaptive_head.checkpoint import HeadMetadata
+from adaptive_head.decision import MILLION, round_to_millionth
+from adaptive_head.drift import accumulate_shares
+from adaptive_head.metadata import HeadMetadata
 from adaptive_head.options import Options
-from adaptive_head.slots import MICRO
 from server.counted_histogram import CountedHistogram
 
 LABELS = ("model", "head", "level")
 # Where no head is loaded, for the learning-free policies.
 DEFAULT_BUCKETS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
-# The threshold of the alert `AdaptiveDrift`, which no shift by less than a bucket is to reach.
-_MOST = 0.5
 
 
 class AdaptiveMetrics:
@@ -98,7 +96,7 @@ class AdaptiveMetrics:
         labels = self._model, name, head.level
         for histogram in (self._temperature, self._request_temperature):
             # A namesake's buckets may lack its temperatures.
-            missing = {*map(_round, head.bounds)} - {*histogram.labels(*labels).bounds}
+            missing = {*map(round_to_millionth, head.bounds)} - {*histogram.labels(*labels).bounds}
             if missing:
                 histogram.remove(*labels)
                 histogram.widen(missing)
@@ -138,7 +136,7 @@ class AdaptiveMetrics:
         """
         histogram = self._find_series(options).temperature
         for micro, count in num_tokens.items():
-            histogram.observe_many(micro / MICRO, count)
+            histogram.observe_many(micro / MILLION, count)
 
     def count_answer(self, options: Options, mean: float) -> None:
         """A sequence has ended; `mean` is its tokens' mean temperature."""
@@ -167,38 +165,8 @@ class _Series:
 
 def merge_buckets(bounds: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
     """The bounds of all heads, as a histogram's; DEFAULT_BUCKETS where there are none."""
-    return tuple(sorted({_round(bound) for head in bounds for bound in head})) or DEFAULT_BUCKETS
-
-
-def accumulate_shares(head: HeadMetadata, bounds: Iterable[float]) -> dict[float, float]:
-    """Share of what a head served in training that is at most each of these bounds.
-
-    Where its temperatures are continuous, only at bounds of its own, and not at those that most of
-    the law lies next to: a shift of a hundredth could move all of it over such a bound.
-
-    Returns:
-        Nothing for a head that came without shares.
-    """
-    shares = head.training_shares
-    if shares is None:
-        return {}
-    own = [_round(bound) for bound in head.bounds]
-    steep = set()
-    if head.is_continuous:
-        pairs = zip(shares, (*shares[1:], 0.0), strict=True)
-        steep = {bound for bound, pair in zip(own, pairs, strict=True) if sum(pair) > _MOST}
-        bounds = [bound for bound in bounds if bound in own or math.isinf(bound)]
-    served = list(zip(own, shares, strict=True))
-    return {
-        bound: sum(share for value, share in served if value <= bound)
-        for bound in bounds
-        if bound not in steep
-    }
-
-
-def _round(temperature: float) -> float:
-    """As the observed ones are, which would miss their bucket otherwise."""
-    return round(temperature * MICRO) / MICRO
+    merged = {round_to_millionth(bound) for head in bounds for bound in head}
+    return tuple(sorted(merged)) or DEFAULT_BUCKETS
 
 
 def _describe(head: HeadMetadata) -> tuple[str, ...]:
@@ -209,5 +177,5 @@ def _describe(head: HeadMetadata) -> tuple[str, ...]:
         head.base_model.name,
         temperatures,
         head.select,
-        floatToGoString(_round(below_top)),
+        floatToGoString(round_to_millionth(below_top)),
     )

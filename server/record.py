@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.logger import init_logger
 from vllm.outputs import RequestOutput
 
-from server.report import PromptReport, summarise
+from server.report import PromptReport, summarise_all
 
 logger = init_logger("vllm.adaptive")
 
@@ -116,7 +116,7 @@ class RequestRecord:
     def adaptive(self) -> dict[str, Any] | None:
         """Policy, head, level, report and temperatures of a request that has ended; None for an
         ordinary one."""
-        return summarise(list(self._reports)) if self._reports else None
+        return summarise_all(list(self._reports)) if self._reports else None
 
 
 class Observer:

@@ -9,8 +9,9 @@ from typing import Any
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
+from adaptive_head.decision import MILLION
 from adaptive_head.options import EXTRA_ARGS_KEY, Options, ReportDetail
-from adaptive_head.slots import MICRO
+from adaptive_head.summary import bin_temperatures, mean_of, summarise
 from adaptive_head.vllm.wire import DecisionReader
 from server.heads import ServedHead
 from server.metrics import AdaptiveMetrics
@@ -62,9 +63,9 @@ class ChoiceReport:
         self._num_sent = end
         # Tokens that are not settled yet, and none of which brought a change.
         if first >= len(self._micros) and (decision := self.reader.unchanged) is not None:
-            return [decision.temperature / MICRO] * (end - first)
+            return [decision.temperature / MILLION] * (end - first)
         self._settle()
-        return [micro / MICRO for micro in self._micros[first:end]]
+        return [micro / MILLION for micro in self._micros[first:end]]
 
     def take_uncounted(self) -> Mapping[int, int]:
         """Tokens by temperature (millionths) since the last call."""
@@ -87,31 +88,13 @@ class ChoiceReport:
         Args:
             show_tokens: whether to list the temperature of every token.
         """
-        used, mean = sorted(self.num_tokens), self.mean
-        described: dict[str, Any] = {
-            "policy": self._options.policy,
-            "head": self._options.name if self._options.policy == "head" else None,
-            "level": self._options.level,
+        described = summarise(self._options, self.num_tokens) | {
             "tokens": sum(self._num_tokens.values()),
-            "mean": None if mean is None else round(mean, 6),
-            "min": used[0] / MICRO if used else None,
-            "max": used[-1] / MICRO if used else None,
-            "histogram": self._bin(used),
+            "histogram": bin_temperatures(self._options, self._num_tokens),
         }
         if show_tokens:
-            described["temperatures"] = [micro / MICRO for micro in self._micros]
+            described["temperatures"] = [micro / MILLION for micro in self._micros]
         return described
-
-    def _bin(self, used: list[int]) -> dict[str, int]:
-        histogram: dict[str, int] = {}
-        for micro in used:
-            value = micro / MICRO
-            # An exact histogram would have a key per token.
-            if self._options.is_continuous:
-                value = round(value, 1)
-            key = f"{value:g}"
-            histogram[key] = histogram.get(key, 0) + self._num_tokens[micro]
-        return histogram
 
 
 class Report:
@@ -260,27 +243,10 @@ def find_prompt_report(params: SamplingParams) -> PromptReport | None:
     return report.begin_prompt() if is_own else None
 
 
-def summarise(reports: Sequence[PromptReport]) -> dict[str, Any]:
+def summarise_all(reports: Sequence[PromptReport]) -> dict[str, Any]:
     """What one line says of all prompts and choices of a request; there is at least one."""
-    options = reports[0].options
     num_tokens: Counter[int] = Counter()
     for report in reports:
         report.count_into(num_tokens)
-    mean = mean_of(num_tokens)
-    return {
-        "policy": options.policy,
-        "head": options.name if options.policy == "head" else None,
-        "level": options.level,
-        "report": reports[0].detail,
-        "mean": None if mean is None else round(mean, 6),
-        "min": min(num_tokens) / MICRO if num_tokens else None,
-        "max": max(num_tokens) / MICRO if num_tokens else None,
-    }
-
-
-def mean_of(num_tokens: Mapping[int, int]) -> float | None:
-    """Mean temperature of tokens counted by their temperatures (millionths); None without any."""
-    total = sum(num_tokens.values())
-    if not total:
-        return None
-    return sum(micro * count for micro, count in num_tokens.items()) / total / MICRO
+    first = reports[0]
+    return summarise(first.options, num_tokens) | {"report": first.detail}

@@ -12,9 +12,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
+from adaptive_head.drift import accumulate_shares
 from adaptive_head.options import parse_request, resolve_options
 from server.counted_histogram import CountedHistogram
-from server.metrics import DEFAULT_BUCKETS, AdaptiveMetrics, accumulate_shares, merge_buckets
+from server.metrics import DEFAULT_BUCKETS, AdaptiveMetrics, merge_buckets
 from tests.server.fakes import HEADS, describe_head, sample
 
 BUCKETS = (0.0, 0.5, 1.0)
