@@ -62,7 +62,7 @@ def main(
         str, typer.Option(help=f"{', '.join(PRESETS)}, or a config.json, or its folder.")
     ] = "tiny",
     model: Annotated[
-        Path | None, typer.Option(help="A model with weights, in the place of --config.")
+        Path | None, typer.Option(help="A model with weights, instead of --config.")
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32,128,256",
     prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 32,

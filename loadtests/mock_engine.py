@@ -33,8 +33,8 @@ from vllm.v1.outputs import LogprobsLists, SamplingMaskLists
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from adaptive_head.checkpoint import read_metadata
+from adaptive_head.decision import MILLION
 from adaptive_head.options import EXTRA_ARGS_KEY, Options
-from adaptive_head.slots import MICRO
 from adaptive_head.vllm.settings import read_settings
 
 TEXT = " The quick brown fox jumps over the lazy dog, and then it sleeps in the warm sun."
@@ -247,7 +247,7 @@ def choose_temperature(answer: Answer, options: Options, position: int) -> float
 def bound(temperature: float, options: Options) -> int:
     """A temperature within its bounds, in millionths."""
     bounded = min(max(temperature * options.scale, options.min), options.max)
-    return round(bounded * MICRO)
+    return round(bounded * MILLION)
 
 
 def make_logprobs(token_id: int, num_logprobs: int) -> LogprobsLists:

@@ -20,7 +20,6 @@ from adaptive_head.vllm.settings import (
     CONFIG_KEY,
     CPU_KV_CACHE_BYTES,
     AdaptiveSettings,
-    check_head_name,
     read_admin_key,
 )
 
@@ -88,7 +87,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--no-verify-base",
         action="store_true",
         help="take heads of the right width without comparing the model's weights with those that "
-        "the head was made for; for quantised copies of that model",
+        "the head was made for, and only warn where its feature probe does not fit; for quantised "
+        "copies of that model",
     )
     parser.add_argument(
         "--request-log",
@@ -163,8 +163,7 @@ def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
         playground=not ours.no_playground,
         heads_dir=ours.heads_dir and ours.heads_dir.expanduser().resolve(),
     )
-    if settings.adaptive_by_default and not settings.heads:
-        raise ValueError("--adaptive-default needs a --head")
+    settings.check()
     has_api = not args.headless
     num_api_processes = args.api_server_count or 1
     if has_api and read_admin_key(settings.heads_dir, num_api_processes, args.enable_elastic_ep):
@@ -228,7 +227,7 @@ def name_heads(specifications: list[str]) -> dict[str, Path]:
     """Heads by name, from `[NAME=]DIR`.
 
     Raises:
-        ValueError: two heads have the same name, or one has that of a policy.
+        ValueError: two heads have the same name.
     """
     heads: dict[str, Path] = {}
     for specification in specifications:
@@ -238,7 +237,6 @@ def name_heads(specifications: list[str]) -> dict[str, Path]:
         name = name if is_named else path.name
         if not name or name in heads:
             raise ValueError(f"--head {specification}: name it apart, with NAME=DIR")
-        check_head_name(name)
         heads[name] = path
     return heads
 
@@ -248,11 +246,6 @@ def check_heads(settings: AdaptiveSettings, model: Path) -> None:
 
     The engine checks again; what only it can know (a model from the hub) is left to it.
     """
-    if settings.default_head is not None and settings.default_head not in settings.heads:
-        raise ValueError(
-            f"--default-head {settings.default_head}: not one of the heads "
-            f"({', '.join(settings.heads) or 'none'})"
-        )
     is_verified = settings.verify_base and settings.heads and model.is_dir()
     fingerprint = fingerprint_model(model) if is_verified else None
     for folder in settings.heads.values():
@@ -307,7 +300,9 @@ def configure(args: Namespace, settings: AdaptiveSettings) -> None:
     if not isinstance(additional, dict):
         raise ValueError("--additional-config must be a JSON object")
     if CONFIG_KEY in additional:
-        raise ValueError(f"--additional-config: give {CONFIG_KEY} as --head and its neighbours")
+        raise ValueError(
+            f"--additional-config must not contain {CONFIG_KEY}: use --head, --default-head, …"
+        )
     args.worker_cls = WORKER_CLS
     args.scheduler_cls = SCHEDULER_CLS
     args.additional_config = additional | {CONFIG_KEY: settings.model_dump(mode="json")}

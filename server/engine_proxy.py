@@ -67,9 +67,7 @@ async def read_outputs(
                     report.read(output)
                 yield output
     finally:
-        try:
-            if report is not None:
-                report.flush()
-        finally:
-            if record is not None:
-                record.end()
+        if record is not None:
+            record.end()
+        if report is not None:
+            report.flush()

@@ -28,27 +28,19 @@ HAS_CHUNK_OBJECTS = __version_tuple__[:2] >= (0, 33)
 class AdaptiveServingChat(OpenAIServingChat):
     """`/v1/chat/completions`"""
 
-    if HAS_CHUNK_OBJECTS:
+    def chat_completion_stream_generator(
+        self, request: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[str, None]:
+        chunks = super().chat_completion_stream_generator(request, *args, **kwargs)
+        writer = None if HAS_CHUNK_OBJECTS else make_writer(request, self.parser_cls)
+        return write_chunks(chunks, writer.write_text) if writer else chunks
 
-        def chat_completion_stream_generator_raw(
-            self, request: Any, *args: Any, **kwargs: Any
-        ) -> AsyncGenerator[Any, None]:
-            chunks = super().chat_completion_stream_generator_raw(request, *args, **kwargs)
-            if (report := find_shown_report(request)) is None:
-                return chunks
-            writer = ChunkWriter(report, shows_tokens(request, report, self.parser_cls))
-            return write_chunks(chunks, writer.write_object)
-
-    else:
-
-        def chat_completion_stream_generator(
-            self, request: Any, *args: Any, **kwargs: Any
-        ) -> AsyncGenerator[str, None]:
-            chunks = super().chat_completion_stream_generator(request, *args, **kwargs)
-            if (report := find_shown_report(request)) is None:
-                return chunks
-            writer = ChunkWriter(report, shows_tokens(request, report, self.parser_cls))
-            return write_chunks(chunks, writer.write_text)
+    def chat_completion_stream_generator_raw(
+        self, request: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        chunks = super().chat_completion_stream_generator_raw(request, *args, **kwargs)
+        writer = make_writer(request, self.parser_cls)
+        return write_chunks(chunks, writer.write_object) if writer else chunks
 
     def chat_completion_full_generator(
         self, request: Any, *args: Any, **kwargs: Any
@@ -71,15 +63,13 @@ class AdaptiveServingCompletion(OpenAIServingCompletion):
         **kwargs: Any,
     ) -> AsyncGenerator[str, None]:
         report = find_shown_report(request)
-        show_tokens = report is not None and report.detail == "tokens"
-        if report is not None and show_tokens and len(engine_inputs) > 1:
+        if report is not None and report.detail == "tokens" and len(engine_inputs) > 1:
             result_generator = report.follow(result_generator)
         chunks = super().completion_stream_generator(
             request, engine_inputs, result_generator, *args, **kwargs
         )
-        if report is None:
-            return chunks
-        return write_chunks(chunks, ChunkWriter(report, show_tokens).write_text)
+        writer = make_writer(request)
+        return write_chunks(chunks, writer.write_text) if writer else chunks
 
     def request_output_to_completion_response(
         self, final_res_batch: Any, request: Any, *args: Any, **kwargs: Any
@@ -148,9 +138,16 @@ def describe_choices(
         choice.adaptive = report[choice.index].describe(show_tokens)
 
 
+def make_writer(request: Any, parser: object | None = None) -> ChunkWriter | None:
+    """What writes the temperatures of a stream into its chunks; None where they are not shown."""
+    if (report := find_shown_report(request)) is None:
+        return None
+    return ChunkWriter(report, shows_tokens(request, report, parser))
+
+
 def shows_tokens(request: Any, report: Report, parser: object | None) -> bool:
     """Whether to list one temperature per token. Where reasoning is hidden, so are its tokens'."""
-    is_hidden = not request.include_reasoning and parser is not None
+    is_hidden = parser is not None and not request.include_reasoning
     return report.detail == "tokens" and not is_hidden
 
 

@@ -16,7 +16,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.logger import init_logger
 
-from adaptive_head.checkpoint import HeadError, HeadMetadata
+from adaptive_head.checkpoint import HeadError
 from adaptive_head.vllm import LOADING
 from adaptive_head.vllm.heads import HeadVerifier
 from adaptive_head.vllm.settings import check_head_name
@@ -91,12 +91,13 @@ class HeadControl:
                 raise VLLMValidationError(str(error), parameter="folder") from None
             generation = self._registry.next_generation()
             await self._load_in_workers(name, generation, path, loaded.digest)
-            await self._check_features(name, generation, loaded.metadata)
+            head = ServedHead(name, generation, loaded.metadata)
+            await self._check_features(head)
             if (replaced := self._registry.by_name.get(name)) is not None:
                 self._metrics.remove_head(name, replaced.metadata)
                 self._begin(self._release(replaced))
             self._metrics.add_head(name, loaded.metadata)
-            head = self._registry.put(name, generation, loaded.metadata)
+            self._registry.put(head)
             if is_default or self._registry.default is None:
                 self._registry.default = name
         logger.info("Head %s is now that of %s (generation %d)", name, path, generation)
@@ -199,12 +200,12 @@ class HeadControl:
             self._begin(self._forget(name, generation))
             raise
 
-    async def _check_features(self, name: str, generation: int, metadata: HeadMetadata) -> None:
+    async def _check_features(self, head: ServedHead) -> None:
         """Let the workers forget a head that its feature probe refuses."""
         try:
-            await check_features(self._engine_client, name, generation, metadata)
+            await check_features(self._engine_client, head)
         except BaseException as error:
-            self._begin(self._forget(name, generation))
+            self._begin(self._forget(head.name, head.generation))
             if isinstance(error, HeadError):
                 raise VLLMValidationError(str(error), parameter="folder") from None
             if isinstance(error, TimeoutError):

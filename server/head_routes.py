@@ -25,7 +25,7 @@ class _Strict(BaseModel):
 
 
 class LoadRequest(_Strict):
-    """Load a head, also in the place of the one of its name."""
+    """Load a head, also instead of the one of its name."""
 
     name: str = Field(description="The name by which requests pick it.")
     folder: str | None = Field(None, description="Below --heads-dir; null: the name.")

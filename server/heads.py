@@ -78,11 +78,9 @@ class HeadRegistry:
         self._last_generation += 1
         return self._last_generation
 
-    def put(self, name: str, generation: int, metadata: HeadMetadata) -> ServedHead:
+    def put(self, head: ServedHead) -> None:
         """Serve a head from the next request on, instead of one of its name."""
-        head = ServedHead(name, generation, metadata)
-        self._heads = self._heads | {name: head}
-        return head
+        self._heads = self._heads | {head.name: head}
 
     def remove(self, name: str) -> None:
         """Stop serving a head. It may be neither the default nor part of a canary."""

@@ -1,5 +1,6 @@
 """The endpoint plugin that vLLM loads into its API process."""
 
+import asyncio
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -73,7 +74,7 @@ class AdaptiveEndpoints:
             UnsupportedError: the engine was started without our worker or scheduler.
             HeadError: a head's `head.json` cannot be read, or its feature probe does not fit.
             TimeoutError: the engine has not answered a probe.
-            ValueError: heads shall be changed at run time, and cannot; see `read_admin_key`.
+            ValueError: heads cannot be changed at run time as configured; see `read_admin_key`.
         """
         config = engine_client.vllm_config
         require_engine_side(
@@ -83,9 +84,8 @@ class AdaptiveEndpoints:
         settings = read_settings(config.additional_config)
         # The engine is up, so its worker has compared their weights and fingerprints.
         metadata = {name: read_metadata(folder) for name, folder in settings.heads.items()}
-        for name, described in metadata.items():
-            await check_features(engine_client, name, 0, described)
         heads = HeadRegistry(metadata, settings.resolved_default_head)
+        await asyncio.gather(*(check_features(engine_client, head) for head in heads))
         served_names = tuple(path.name for path in state.openai_serving_models.base_model_paths)
         tokenizer = getattr(engine_client.renderer, "tokenizer", None)
         metrics = AdaptiveMetrics(served_names[0], metadata)

@@ -1,5 +1,7 @@
 """The routes: admission, and then vLLM's own. What answers say is in `server.handlers`."""
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
@@ -46,19 +48,10 @@ def make_router() -> APIRouter:
         (COMPLETION_PATH, create_completion, completion.router),
         (RESPONSES_PATH, create_response, responses.router),
     ):
-        route = find_route(stock, path)
+        route: Any = next(route for route in stock.routes if getattr(route, "path", "") == path)
         router.post(path, dependencies=route.dependencies, responses=route.responses)(endpoint)
     router.get(MODELS_PATH)(show_models)
     return router
-
-
-def find_route(router: APIRouter, path: str) -> APIRoute:
-    """vLLM's POST route for a path."""
-    return next(
-        route
-        for route in router.routes
-        if isinstance(route, APIRoute) and route.path == path and "POST" in route.methods
-    )
 
 
 async def create_chat_completion(

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from adaptive_head.checkpoint import read_metadata
+from adaptive_head.decision import MILLION
 from adaptive_head.dtype import choose_dtype
 from adaptive_head.lpo.experiment import EngineConfig
 from adaptive_head.lpo.records import FinishReason, Prompt, Response
 from adaptive_head.options import AdaptiveRequest, Head, resolve_options
-from adaptive_head.slots import MICRO
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def read_generation(output: Any, request: GenerationRequest) -> Generation:
     token_ids = tuple(completion.token_ids)
     if isinstance(request.temperature, AdaptiveRequest):
         decisions = take_decisions(completion) or ()
-        temperatures = tuple(decision.temperature / MICRO for decision in decisions)
+        temperatures = tuple(decision.temperature / MILLION for decision in decisions)
     else:
         temperatures = (request.temperature,) * len(token_ids)
     return Generation(

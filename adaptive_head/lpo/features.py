@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
+from adaptive_head.decision import MILLION
 from adaptive_head.dtype import choose_dtype
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.head import check_temperatures
@@ -20,8 +21,6 @@ from adaptive_head.options import Level
 
 # Raise this with every change to what a cache holds: older ones are then not found.
 CACHE_VERSION: Final = 2
-# Temperatures travel from the worker as millionths.
-_MICRO = 1_000_000
 
 
 def compute_features(
@@ -114,12 +113,12 @@ def find_choices(response: Response, level: Level, temperatures: tuple[float, ..
     where = f"prompt {response.prompt_id}, sample {response.sample}"
     if not response.token_ids:
         raise DataError(f"{where}: the response has no tokens")
-    indices = {round(value * _MICRO): index for index, value in enumerate(temperatures)}
+    indices = {round(value * MILLION): index for index, value in enumerate(temperatures)}
     try:
-        choices = [indices[round(value * _MICRO)] for value in response.temperatures]
+        choices = [indices[round(value * MILLION)] for value in response.temperatures]
     except KeyError as error:
         known = ", ".join(f"{value:g}" for value in temperatures)
-        value = error.args[0] / _MICRO
+        value = error.args[0] / MILLION
         raise DataError(f"{where}: temperature {value:g} is not one of {known}") from None
     if level == "token":
         return choices

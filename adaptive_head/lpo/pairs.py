@@ -71,7 +71,7 @@ def make_pairs(
     decode: Decode,
     seed: int,
 ) -> PairSet:
-    """Choose what a head shall prefer to what.
+    """Choose what a head is to prefer to what.
 
     With credit `response`, a prompt's best and worst response by the task's `prefer` are a pair of
     all their tokens, and so are, up to `max_pairs_per_prompt`, the best and worst of the others.

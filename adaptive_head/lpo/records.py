@@ -20,7 +20,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: chat `messages`, or the plain `text` that the model shall continue.
+    """A prompt: chat `messages`, or the plain `text` that the model is to continue.
 
     Args:
         id: unique within an experiment, such as `arithmetic/train/17`.

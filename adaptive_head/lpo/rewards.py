@@ -368,7 +368,7 @@ class ModelRewardConfig(_Config):
         trust_remote_code: lets the model's repository run its own code, as ArmoRM needs.
         without_constraint: key of the prompt's reference that holds the request without its
             constraint. The model then judges the response as one to that (§3.3 of arXiv
-            2411.09661), in the place of the last message.
+            2411.09661), instead of the last message.
     """
 
     kind: Literal["reward_model"]
@@ -383,7 +383,7 @@ class ModelRewardConfig(_Config):
         self.remove_constraint(prompt)
 
     def remove_constraint(self, prompt: Prompt) -> Prompt:
-        """The prompt as the model shall see it; DataError if its reference does not hold it."""
+        """The prompt as the model is to see it; DataError if its reference does not hold it."""
         if self.without_constraint is None:
             return prompt
         content = _get_reference(prompt, self.without_constraint)

@@ -39,8 +39,8 @@ def load_heads(config: "VllmConfig") -> dict[str, LoadedHead]:
     try:
         heads |= {name: verifier.load(folder) for name, folder in settings.heads.items()}
     finally:
-        # Ranks on several machines read folders, and maybe command lines, of their own. Those that
-        # fail take part, or the others would wait for them.
+        # Ranks on several machines read folders, and maybe command lines, of their own. A rank that
+        # failed must still join the collective, or the others would block.
         found = gather_states({name: head.digest for name, head in heads.items()})
     for name in sorted({name for other in found for name in other}):
         if len({other.get(name) for other in found}) > 1:

@@ -47,8 +47,7 @@ class AdaptiveTemperature(LogitsProcessor):
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         options = read_options(sampling_params, self.selector)
-        # Not a random one of ours: vLLM draws its own from a stream that must go on alike on all
-        # ranks.
+        # Use vLLM's seed, not our own: its random stream must advance identically on every rank.
         return self.selector.add(req_idx, options, int(self._seeds.np[req_idx]))
 
     def apply_staged_writes(self) -> None:

@@ -21,7 +21,7 @@ check_parameters(Scheduler.update_from_output, "self", "scheduler_output", "mode
 
 
 class _SendsDecisions(_Stock):
-    """Mixed into vLLM's scheduler: forwards the mask channel, whose payload is ours."""
+    """Mixed into vLLM's scheduler: sends decisions through its channel for sampling masks."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -46,6 +46,18 @@ class AdaptiveSettings(BaseModel):
     def resolved_default_head(self) -> str | None:
         return self.default_head or next(iter(self.heads), None)
 
+    def check(self) -> None:
+        """Raise ValueError where entries contradict each other, or a head's name is taken."""
+        for name in self.heads:
+            check_head_name(name)
+        if self.adaptive_by_default and not self.heads:
+            raise ValueError("--adaptive-default needs a --head")
+        if self.default_head is not None and self.default_head not in self.heads:
+            raise ValueError(
+                f"--default-head {self.default_head}: not one of the heads "
+                f"({', '.join(self.heads) or 'none'})"
+            )
+
 
 def read_settings(additional_config: Any) -> AdaptiveSettings:
     """The settings in a vLLM config's `additional_config`; defaults where there are none.
@@ -60,15 +72,7 @@ def read_settings(additional_config: Any) -> AdaptiveSettings:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in (CONFIG_KEY, *first["loc"]))
         raise ValueError(f"--additional-config: {field}: {first['msg']}") from None
-    for name in settings.heads:
-        check_head_name(name)
-    if settings.adaptive_by_default and not settings.heads:
-        raise ValueError("requests can only be adaptive by default where a head is loaded")
-    if settings.default_head is not None and settings.default_head not in settings.heads:
-        raise ValueError(
-            f"--additional-config: {CONFIG_KEY}.default_head: {settings.default_head!r} is not "
-            f"one of the heads ({', '.join(settings.heads) or 'none'})"
-        )
+    settings.check()
     return settings
 
 
@@ -85,8 +89,7 @@ def read_admin_key(heads_dir: Path | None, num_api_processes: int, is_elastic: b
         is_elastic: whether engines may join while the server runs.
 
     Raises:
-        ValueError: of the key, the folder and one API process something is missing, or engines
-            may join.
+        ValueError: the key, the folder or `--api-server-count 1` is missing, or elastic EP is on.
     """
     key = os.environ.get(ADMIN_KEY_VARIABLE) or None
     if (key is None) != (heads_dir is None):

@@ -11,8 +11,9 @@ position in the answer, then the first fields of its `Decision`; those left out 
 `DecisionReader` gives the tokens without a mask the decision before theirs.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -32,22 +33,23 @@ _NO_DECISION = Decision(ORDINARY)
 _MAX_RECORD_LEN = 1 + len(Decision._fields)
 
 
+@dataclass(frozen=True)
 class DecisionLists:
     """The decisions of one step's rows, in the order of the batch.
 
-    Args:
+    Attributes:
         decisions: int32 [rows, num_fields], the first fields of a `Decision` as far as any row of
             the step needs them; the temperature of an ordinary request is ORDINARY. Rows of
             rejected drafts are included, and nobody asks for them.
         starts: int [num_requests + 1], each request's first row; None where all have one row.
     """
 
-    __slots__ = ("_arrays", "_rows", "_starts")
+    decisions: np.ndarray
+    starts: np.ndarray | None = None
 
-    def __init__(self, decisions: np.ndarray, starts: np.ndarray | None = None) -> None:
-        self._arrays = decisions, starts
-        self._rows: list[Row] = [*map(tuple, decisions.tolist())]
-        self._starts: list[int] | None = None if starts is None else starts.tolist()
+    @cached_property
+    def _rows(self) -> list[Row]:
+        return [*map(tuple, self.decisions.tolist())]
 
     def get(self, req_idx: int, num_positions: int) -> list[Row] | None:
         """The decisions of one request's new tokens; None for an ordinary request.
@@ -55,12 +57,9 @@ class DecisionLists:
         Args:
             num_positions: how many of the step's tokens were kept.
         """
-        start = req_idx if self._starts is None else self._starts[req_idx]
+        start = req_idx if self.starts is None else int(self.starts[req_idx])
         rows = self._rows[start : start + num_positions]
         return None if rows[0][0] == ORDINARY else rows
-
-    def __reduce__(self) -> tuple[type["DecisionLists"], tuple[np.ndarray, np.ndarray | None]]:
-        return DecisionLists, self._arrays
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class DecisionSender:
     def __init__(self) -> None:
         # By request: how many tokens have been sent, and the last one's decision.
         self._sent: dict[str, tuple[int, Row]] = {}
-        self._lists = DecisionLists(np.empty(0, np.int32))
+        self._lists = DecisionLists(np.empty((0, 1), np.int32))
         self._request_ids: Sequence[str] = ()
 
     def begin_step(self, lists: DecisionLists, request_ids: Sequence[str]) -> "DecisionSender":
@@ -189,22 +188,19 @@ class DecisionReader:
         begin, runs = self._num_taken, []
         # At once, so that an error is reported once.
         records, self._records, self._num_taken = self._records, [], self.num_tokens
-        for place, decision in self._place(records):
+        for record in records:
+            assert 1 < len(record) <= _MAX_RECORD_LEN, "a mask is no record of a decision"
+            position, *fields = record
+            # Counted over all answers.
+            place = self._begin + position
             assert begin <= place < self.num_tokens, "a decision came without its token"
             if begin < place:
                 runs.append((self._decision, place - begin))
-            self._decision, begin = decision, place
+            self._decision, begin = Decision(*fields), place
         if begin < self.num_tokens:
             runs.append((self._decision, self.num_tokens - begin))
         assert not runs or runs[0][0] is not _NO_DECISION, "a token came without a decision"
         return runs
-
-    def _place(self, records: list[list[int]]) -> Iterator[tuple[int, Decision]]:
-        """The first token of each record, counted over all answers, and its decision."""
-        for record in records:
-            assert 1 < len(record) <= _MAX_RECORD_LEN, "a mask is no record of a decision"
-            position, *fields = record
-            yield self._begin + position, Decision(*fields)
 
 
 def take_decisions(output: CompletionOutput) -> list[Decision] | None:

@@ -267,7 +267,7 @@ def test_v1_choices_leave_with_the_output_of_their_batch():
     runner.execute_model_state = SimpleNamespace(sample_hidden_states=torch.zeros(3, 8))
     runner.metadata = make_metadata([0.7, 1.0, 0.0], [])
     choices = runner.sample_tokens(None).sampling_masks
-    assert [choices.get(row, 1) for row in range(3)] == [None, [(500_000, -1, -1, 0)], None]
+    assert [choices.get(row, 1) for row in range(3)] == [None, [(500_000,)], None]
     assert runner.sampler.step is None and runner.sampler.temperatures is None
 
     runner.metadata = None  # vLLM's own step fails

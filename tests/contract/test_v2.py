@@ -359,7 +359,7 @@ def apply(stage: AdaptiveTemperature, logits: torch.Tensor, slots: list[int]) ->
     with stage.sampling(torch.zeros(len(slots), 8), batch_of(slots)):
         stage.apply(logits, context_of(slots))
         decisions = stage.take_decisions(torch.ones(len(slots), dtype=torch.int32))
-    return None if decisions is None else decisions.temperatures.tolist()
+    return None if decisions is None else decisions.decisions.flatten().tolist()
 
 
 def test_v2_stage_scales_adaptive_rows_and_says_how(single_rank):

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from adaptive_head import policies
-from adaptive_head.slots import MICRO, ORDINARY, SlotTable
+from adaptive_head.decision import MILLION
+from adaptive_head.slots import ORDINARY, SlotTable
 from adaptive_head.vllm.kernels import Choices, choose_by_entropy, scale_logits
 from adaptive_head.vllm.kernels.batch import PENDING
 from tests.gpu.steps import Place, Record, Walk, can_capture, make_selector, run_step
@@ -73,7 +74,7 @@ def compare_logits(device: str) -> dict[str, Any]:
     where = torch.device(device)
     vocab_size = pick_sizes(where).vocab_size
     micros = torch.tensor(
-        [ORDINARY, 0, 300_000, MICRO, 1, 10_000_000, 700_000, 0], dtype=torch.int32, device=where
+        [ORDINARY, 0, 300_000, MILLION, 1, 10_000_000, 700_000, 0], dtype=torch.int32, device=where
     )
     generator = torch.Generator(where).manual_seed(1)
     shape = (len(micros), vocab_size)
@@ -99,7 +100,7 @@ def compare_logits(device: str) -> dict[str, Any]:
             assert found.isfinite().nonzero().tolist() == [[best]], "not the first maximum alone"
             assert found[best] == original[best]
         else:
-            expected = original.double() / (micro / MICRO)
+            expected = original.double() / (micro / MILLION)
             assert torch.equal(found.isinf(), expected.isinf())
             is_there = expected.isfinite()
             error = (found.double() - expected)[is_there] / expected[is_there].abs().clamp_min(1e-9)
@@ -123,6 +124,6 @@ def _compare_entropy(logits: torch.Tensor, where: torch.device) -> dict[str, flo
     exact = policies.entropy_temperature(
         logits.double(), torch.full_like(thetas, 1.2), thetas
     ).nan_to_num(0.0)
-    difference = (choices.micros.double() / MICRO - exact).abs()
+    difference = (choices.micros.double() / MILLION - exact).abs()
     assert (difference <= 2e-5 + 2e-4 * exact).all(), "an entropy temperature differs from torch's"
     return {"entropy_error": difference.max().item()}

@@ -14,10 +14,11 @@ from typing import get_args
 import numpy as np
 import torch
 
+from adaptive_head.decision import MILLION
 from adaptive_head.head import AdaptiveHead, HeadConfig, gumbel_noise
 from adaptive_head.options import Options, Selection
 from adaptive_head.selector import Step, TemperatureSelector
-from adaptive_head.slots import MICRO, ORDINARY, HeadCounts, to_micro
+from adaptive_head.slots import ORDINARY, HeadCounts, to_micro
 from adaptive_head.vllm.head_runner import convert
 
 PROMPT_LEN = 5
@@ -235,7 +236,7 @@ def run_plain(texts: Texts, heads: dict[str, AdaptiveHead]) -> tuple[np.ndarray,
 def find_tolerances(options: list[Options | None], is_coarse: bool) -> np.ndarray:
     """By how many millionths, and which share of the value, each request's temperatures may differ:
     float64 [requests, 2]. Nothing where a temperature is one of a table."""
-    coarse = (MICRO / 20, 0.0) if is_coarse else (200.0, 1e-3)
+    coarse = (MILLION / 20, 0.0) if is_coarse else (200.0, 1e-3)
     tolerances = []
     for one in options:
         is_head = one is not None and one.policy == "head"

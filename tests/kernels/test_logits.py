@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive_head.slots import MICRO, ORDINARY, PolicyIndex
+from adaptive_head.decision import MILLION
+from adaptive_head.slots import ORDINARY, PolicyIndex
 from adaptive_head.vllm.kernels import Choices, choose_by_entropy, entropy, scale, scale_logits
 from adaptive_head.vllm.kernels.batch import PENDING
 from tests import reference
@@ -33,7 +34,7 @@ def scale_slowly(logits: list[list[float]], micros: list[int]) -> list[list[floa
             best = row.index(max(row))
             scaled.append([x if i == best else -INF for i, x in enumerate(row)])
         else:
-            temperature = np.float32(micro / MICRO)
+            temperature = np.float32(micro / MILLION)
             scaled.append([float(np.float32(x) / temperature) for x in row])
     return scaled
 
@@ -43,7 +44,7 @@ def test_scale_logits_against_a_slow_reference(block):
     logits = torch.randn(24, 100, generator=generator) * 9
     logits[torch.rand(24, 100, generator=generator) < 0.3] = -INF
     logits[:, 5] = 1.25  # no row is masked entirely
-    micros = torch.tensor([ORDINARY, 0, 300_000, MICRO, 1, 10_000_000] * 4, dtype=torch.int32)
+    micros = torch.tensor([ORDINARY, 0, 300_000, MILLION, 1, 10_000_000] * 4, dtype=torch.int32)
     expected = scale_slowly(logits.tolist(), micros.tolist())
     scale_logits(logits, micros, 0)
     assert logits.tolist() == expected

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from adaptive_head.decision import MILLION
 from adaptive_head.head import AdaptiveHead
 from adaptive_head.options import Options
 from adaptive_head.selector import TemperatureSelector
-from adaptive_head.slots import MICRO, ORDINARY, to_micro
+from adaptive_head.slots import ORDINARY, to_micro
 from adaptive_head.vllm.head_runner import HiddenRows
 from adaptive_head.vllm.kernels import Batch
 from adaptive_head.vllm.selector_v2 import DeviceSelector
@@ -59,7 +60,7 @@ class OneRowSelector(DeviceSelector):
         found.join()
         found.choose_by_logits(step.logits, 0)
         found.end(step.is_ready.int())
-        temperatures = (found.micros / MICRO).float()
+        temperatures = (found.micros / MILLION).float()
         return temperatures.masked_fill(found.micros == ORDINARY, math.nan)
 
 
@@ -200,7 +201,7 @@ def step_with_drafts(selector, requests, prompt_len, hidden, num_sampled) -> lis
     found = selector.begin(hidden, make_draft_batch(selector, requests, prompt_len))
     found.join()
     found.end(torch.tensor(num_sampled, dtype=torch.int32))
-    return (found.micros / MICRO).tolist()
+    return (found.micros / MILLION).tolist()
 
 
 def test_rejected_drafts_leave_no_trace():

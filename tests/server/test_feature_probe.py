@@ -11,6 +11,7 @@ from adaptive_head.metadata import FeatureProbe, HeadError
 from adaptive_head.options import Options
 from server import feature_probe
 from server.feature_probe import check_features
+from server.heads import ServedHead
 from tests.server.fakes import describe_head, make_output
 
 NUM_PROMPTS = 8
@@ -65,7 +66,7 @@ def describe(probe: FeatureProbe | None = PROBE, **changes):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 async def test_a_head_is_asked_for_its_expected_temperature_after_each_prompt(level):
     engine = Engine()
-    await check_features(engine, "tok", 3, describe(level=level))
+    await check_features(engine, ServedHead("tok", 3, describe(level=level)))
     assert [prompt["prompt_token_ids"] for prompt, _, _ in engine.requests] == [
         list(prompt) for prompt in PROBE.prompts
     ]
@@ -79,7 +80,7 @@ async def test_a_head_is_asked_for_its_expected_temperature_after_each_prompt(le
 
 async def test_a_head_that_reads_other_states_is_refused_with_a_sentence():
     with pytest.raises(HeadError) as refusal:
-        await check_features(Engine(0.2), "tok", 0, describe())
+        await check_features(Engine(0.2), ServedHead("tok", 0, describe()))
     message = str(refusal.value)
     for part in (
         "head tok was made for base",
@@ -92,21 +93,21 @@ async def test_a_head_that_reads_other_states_is_refused_with_a_sentence():
 
 
 async def test_the_tolerance_is_that_of_the_served_dtype():
-    await check_features(Engine(0.04, dtype=torch.bfloat16), "tok", 0, describe())
-    await check_features(Engine(0.04, quantization="fp8"), "tok", 0, describe())
+    await check_features(Engine(0.04, dtype=torch.bfloat16), ServedHead("tok", 0, describe()))
+    await check_features(Engine(0.04, quantization="fp8"), ServedHead("tok", 0, describe()))
     with pytest.raises(HeadError, match="apart on average, where float32 explains"):
-        await check_features(Engine(0.04), "tok", 0, describe())
+        await check_features(Engine(0.04), ServedHead("tok", 0, describe()))
 
 
 async def test_an_operator_who_knows_better_gets_a_warning(warnings):
-    await check_features(Engine(0.2, verify_base=False), "tok", 0, describe())
+    await check_features(Engine(0.2, verify_base=False), ServedHead("tok", 0, describe()))
     (message,) = warnings()
     assert "does not fit" in message and "--no-verify-base" not in message
 
 
 async def test_a_head_without_a_probe_is_served_with_a_warning(warnings):
     engine = Engine()
-    await check_features(engine, "tok", 0, describe(None))
+    await check_features(engine, ServedHead("tok", 0, describe(None)))
     (message,) = warnings()
     assert "Head tok has no feature probe" in message and not engine.requests
 
@@ -121,7 +122,7 @@ async def test_a_head_without_a_probe_is_served_with_a_warning(warnings):
 async def test_prompts_that_the_model_cannot_read_never_reach_the_engine(config, reason):
     engine = Engine(**config)
     with pytest.raises(HeadError, match=reason):
-        await check_features(engine, "tok", 0, describe())
+        await check_features(engine, ServedHead("tok", 0, describe()))
     assert not engine.requests
 
 
@@ -139,5 +140,5 @@ async def test_an_engine_that_does_not_answer_is_left_after_a_while(monkeypatch)
 
     engine.generate = generate
     with pytest.raises(TimeoutError, match=r"the feature probe of head tok within 0\.05 s"):
-        await check_features(engine, "tok", 0, describe())
+        await check_features(engine, ServedHead("tok", 0, describe()))
     assert len(ended) == NUM_PROMPTS, "requests are aborted"

@@ -156,8 +156,8 @@ async def test_a_head_that_its_probe_refuses_leaves_the_workers_again(
     """The old generation of its name serves on, and nothing else has changed."""
     asked = []
 
-    async def refuse(_engine_client, name, generation, metadata):
-        asked.append((name, generation, metadata.level))
+    async def refuse(_engine_client, head):
+        asked.append((head.name, head.generation, head.level))
         assert server.engines.loaded == [{("a", 0), ("b", 0), ("b", 1)}] * 4
         raise error
 

@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 
 from adaptive_head.options import parse_request, resolve_options
-from server.heads import Canary, HeadRegistry
+from server.heads import Canary, HeadRegistry, ServedHead
 from tests.server.fakes import describe_head
 
 TOKEN, SEQUENCE = describe_head(), describe_head("sequence")
@@ -33,8 +33,8 @@ def test_a_request_gets_the_head_that_it_asks_for():
 
 def test_a_head_that_comes_later_has_a_generation_of_its_own():
     registry = make_registry()
-    registry.put("a", registry.next_generation(), SEQUENCE)
-    registry.put("c", registry.next_generation(), TOKEN)
+    registry.put(ServedHead("a", registry.next_generation(), SEQUENCE))
+    registry.put(ServedHead("c", registry.next_generation(), TOKEN))
     options, _ = choose(registry)
     assert (options.name, options.generation, options.level) == ("a", 1, "sequence")
     assert choose(registry, head="c")[0].generation == 2

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# What a row shows in the place of its temperature while that waits for the logits.
+# What a row shows instead of its temperature while that waits for the logits.
 PENDING = -2
 NO_PICK = -1
 

@@ -4,15 +4,16 @@ import torch
 import triton
 import triton.language as tl
 
+from adaptive_head.decision import MILLION
 from adaptive_head.head import MAX_NUM_TEMPERATURES
 from adaptive_head.options import MAX_MARKER_TOKENS
-from adaptive_head.slots import MICRO, ORDINARY, Column, PolicyIndex, SlotTable
+from adaptive_head.slots import ORDINARY, Column, PolicyIndex, SlotTable
 from adaptive_head.vllm.kernels.batch import NO_PICK, Batch, Choices
 from adaptive_head.vllm.kernels.phases import load_window, read_token
 
 _ORDINARY = tl.constexpr(ORDINARY)
 _NO_PICK = tl.constexpr(NO_PICK)
-_MICRO = tl.constexpr(float(MICRO))
+_MILLION = tl.constexpr(float(MILLION))
 _NUM_COLUMNS = tl.constexpr(len(Column))
 _IS_SEQUENCE = tl.constexpr(int(Column.IS_SEQUENCE))
 _TWO_PHASE = tl.constexpr(int(PolicyIndex.TWO_PHASE))
@@ -57,7 +58,7 @@ def _commit_kernel(
     # Eq. 8 of arXiv 2411.09661: the choice at the last prompt token holds for the answer.
     is_sequence = tl.load(options_ptr + slot * _NUM_COLUMNS + _IS_SEQUENCE) != 0.0
     chosen = tl.load(chosen_ptr + slot)
-    first = tl.div_rn(tl.load(micros_ptr + first_row).to(tl.float32), _MICRO)
+    first = tl.div_rn(tl.load(micros_ptr + first_row).to(tl.float32), _MILLION)
     tl.store(chosen_ptr + slot, first, mask=is_sequence & (chosen != chosen))
 
     for row in range(first_row, first_row + num_sampled):

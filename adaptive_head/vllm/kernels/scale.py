@@ -4,11 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-from adaptive_head.slots import MICRO
+from adaptive_head.decision import MILLION
 
 # As vLLM's own kernel for fixed temperatures.
 _BLOCK = 8192
-_MICRO = tl.constexpr(float(MICRO))
+_MILLION = tl.constexpr(float(MILLION))
 
 
 @triton.jit(do_not_specialize=["first_row"])
@@ -24,7 +24,7 @@ def _scale_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     micro = tl.load(micros_ptr + first_row + row)
-    if (micro < 0) | (micro == _MICRO):
+    if (micro < 0) | (micro == _MILLION):
         return
     block = tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
@@ -33,7 +33,7 @@ def _scale_kernel(
     logits = tl.load(place, mask=is_token, other=float("-inf"))
     if micro > 0:
         # As in vLLM's own kernel, so that 0.7 is 0.7 whoever has chosen it.
-        temperature = tl.div_rn(micro.to(tl.float32), _MICRO)
+        temperature = tl.div_rn(micro.to(tl.float32), _MILLION)
         tl.store(place, logits / temperature, mask=is_token)
     else:
         # NaN breaks the index of a maximum.

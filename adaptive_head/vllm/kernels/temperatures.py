@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
-from adaptive_head.slots import MICRO, Column
+from adaptive_head.decision import MILLION
+from adaptive_head.slots import Column
 
-_MICRO = tl.constexpr(float(MICRO))
+_MILLION = tl.constexpr(float(MILLION))
 _SCALE = tl.constexpr(int(Column.SCALE))
 _MIN = tl.constexpr(int(Column.MIN))
 _MAX = tl.constexpr(int(Column.MAX))
@@ -14,7 +15,7 @@ _MAX = tl.constexpr(int(Column.MAX))
 @triton.jit
 def to_micro(temperature):
     # As `adaptive_head.slots.to_micro`: in float64, half of a millionth rounded up.
-    return tl.floor(temperature.to(tl.float64) * _MICRO + 0.5).to(tl.int32)
+    return tl.floor(temperature.to(tl.float64) * _MILLION + 0.5).to(tl.int32)
 
 
 @triton.jit

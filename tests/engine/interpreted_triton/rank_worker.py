@@ -20,7 +20,7 @@ class RankWorker(AdaptiveWorker):
             output, num_sampled, _ = result
             rows = zip(output.sampled_token_ids.tolist(), num_sampled.tolist(), strict=True)
             decisions = output.sampling_mask_tensors
-            micros = decisions and decisions.temperatures.tolist()
+            micros = decisions and decisions.decisions.flatten().tolist()
             self._steps.append([[tokens[:count] for tokens, count in rows], micros])
             return result
 
