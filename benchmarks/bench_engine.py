@@ -237,10 +237,8 @@ def read_answers(outputs: Sequence[tuple[str, CompletionOutput]]) -> list[Answer
             readers.setdefault(request_id, DecisionReader())
         num_new, micros = len(completion.token_ids), None
         if (reader := readers.get(request_id)) is not None:
-            reader.read(completion)
-            micros = [
-                decision.temperature for decision, count in reader.take() for _ in range(count)
-            ]
+            runs = reader.read(completion)
+            micros = [decision.temperature for decision, count in runs for _ in range(count)]
         answers.append((request_id, num_new, micros))
     return answers
 

@@ -1,12 +1,12 @@
 """What an answer says of its temperatures, gathered while the engine generates it."""
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from vllm.outputs import RequestOutput
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
 
 from adaptive_head.decision import MILLION
@@ -24,63 +24,37 @@ class ChoiceReport:
     """The temperatures of one answer (one `choice` of a response).
 
     Attributes:
-        reader: takes them off the engine's outputs.
+        num_tokens: how many tokens so far at each temperature (millionths).
         num_given: how many tokens vLLM has been given to make chunks of; None where these are all
             that have been read.
     """
 
     def __init__(self, options: Options, detail: ReportDetail) -> None:
         self._options = options
-        self._detail = detail
-        self.reader = DecisionReader()
+        self._has_list = detail == "tokens"
+        self._reader = DecisionReader()
+        self.num_tokens: dict[int, int] = {}
         self.num_given: int | None = None
-        # By temperature, in millionths.
-        self._num_tokens: dict[int, int] = {}
-        self._uncounted: dict[int, int] = {}
         self._micros: list[int] = []
         self._num_sent = 0
 
     def restart(self) -> None:
         """Begin to generate; with tool calls, more than once per answer."""
-        self._settle()
-        self.reader.restart()
+        self._reader.restart()
 
-    @property
-    def num_tokens(self) -> Mapping[int, int]:
-        """How many tokens so far at each temperature (millionths)."""
-        self._settle()
-        return self._num_tokens
-
-    @property
-    def mean(self) -> float | None:
-        """Mean temperature so far; None before the first token."""
-        return mean_of(self.num_tokens)
+    def read(self, completion: CompletionOutput) -> None:
+        """Take the temperatures off an output."""
+        for decision, count in self._reader.read(completion):
+            micro = decision.temperature
+            self.num_tokens[micro] = self.num_tokens.get(micro, 0) + count
+            if self._has_list:
+                self._micros += [micro] * count
 
     def take_ready(self) -> list[float]:
         """Temperatures of the tokens that are in the response and not yet reported."""
         first = self._num_sent
-        end = self.reader.num_tokens if self.num_given is None else self.num_given
-        self._num_sent = end
-        # Tokens that are not settled yet, and none of which brought a change.
-        if first >= len(self._micros) and (decision := self.reader.unchanged) is not None:
-            return [decision.temperature / MILLION] * (end - first)
-        self._settle()
+        self._num_sent = end = len(self._micros) if self.num_given is None else self.num_given
         return [micro / MILLION for micro in self._micros[first:end]]
-
-    def take_uncounted(self) -> Mapping[int, int]:
-        """Tokens by temperature (millionths) since the last call."""
-        self._settle()
-        uncounted, self._uncounted = self._uncounted, {}
-        return uncounted
-
-    def _settle(self) -> None:
-        """Count what has been read. Not at every token: most have the temperature before theirs."""
-        for decision, count in self.reader.take():
-            micro = decision.temperature
-            self._num_tokens[micro] = self._num_tokens.get(micro, 0) + count
-            self._uncounted[micro] = self._uncounted.get(micro, 0) + count
-            if self._detail == "tokens":
-                self._micros += [micro] * count
 
     def describe(self, show_tokens: bool) -> dict[str, Any]:
         """The `adaptive` object of a finished answer.
@@ -89,8 +63,8 @@ class ChoiceReport:
             show_tokens: whether to list the temperature of every token.
         """
         described = summarise(self._options, self.num_tokens) | {
-            "tokens": sum(self._num_tokens.values()),
-            "histogram": bin_temperatures(self._options, self._num_tokens),
+            "tokens": sum(self.num_tokens.values()),
+            "histogram": bin_temperatures(self._options, self.num_tokens),
         }
         if show_tokens:
             described["temperatures"] = [micro / MILLION for micro in self._micros]
@@ -188,6 +162,8 @@ class PromptReport:
         self.detail = report.detail
         self._choices = choices
         self._metrics = metrics
+        # What the metrics have: tokens by temperature (millionths).
+        self._counted: Counter[int] = Counter()
         self._num_uncounted = 0
 
     def begin(self) -> None:
@@ -200,11 +176,10 @@ class PromptReport:
         """Take the temperatures off an output, count them, and remember them."""
         for completion in output.outputs:
             choice = self._choices[completion.index]
-            self._num_uncounted += choice.reader.read(completion)
-            if (
-                completion.finish_reason not in (None, "abort")
-                and (mean := choice.mean) is not None
-            ):
+            choice.read(completion)
+            self._num_uncounted += len(completion.token_ids)
+            is_whole = completion.finish_reason not in (None, "abort")
+            if is_whole and (mean := mean_of(choice.num_tokens)) is not None:
                 self._metrics.count_answer(self.options, mean)
         if self._num_uncounted >= _MAX_UNCOUNTED_TOKENS or output.finished:
             self.flush()
@@ -216,10 +191,11 @@ class PromptReport:
 
     def flush(self) -> None:
         """Move what has been counted into the metrics."""
-        for choice in self._choices:
-            if uncounted := choice.take_uncounted():
-                self._metrics.count_tokens(self.options, uncounted)
-        self._num_uncounted = 0
+        num_tokens: Counter[int] = Counter()
+        self.count_into(num_tokens)
+        if uncounted := num_tokens - self._counted:
+            self._metrics.count_tokens(self.options, uncounted)
+        self._counted, self._num_uncounted = num_tokens, 0
 
 
 def current_report() -> Report | None:

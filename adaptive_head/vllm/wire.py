@@ -138,67 +138,44 @@ class DecisionSender:
 
 
 class DecisionReader:
-    """Reads the decisions of one answer's tokens, output by output.
+    """Reads the decisions of one answer's tokens, output by output."""
 
-    Attributes:
-        num_tokens: how many there are so far.
-    """
-
-    __slots__ = ("_begin", "_decision", "_num_taken", "_records", "num_tokens")
+    __slots__ = ("_begin", "_decision", "_num_tokens")
 
     def __init__(self) -> None:
-        self.num_tokens = 0
-        self._begin = 0
-        self._num_taken = 0
+        self._num_tokens = self._begin = 0
         self._decision = _NO_DECISION
-        # As they were sent, since the last call of `take`.
-        self._records: list[list[int]] = []
 
-    def read(self, output: CompletionOutput) -> int:
+    def restart(self) -> None:
+        """Continue with another answer, whose positions begin at 0."""
+        self._begin, self._decision = self._num_tokens, _NO_DECISION
+
+    def read(self, output: CompletionOutput) -> list[tuple[Decision, int]]:
         """Remove the decisions of an output's new tokens from it.
 
         Removed, because other readers of the field would take them for sampling masks.
 
         Returns:
-            How many new tokens there are.
-        """
-        num_new = len(output.token_ids)
-        self.num_tokens += num_new
-        if output.sampling_mask is not None:
-            self._records += filter(None, output.sampling_mask.token_ids)
-            output.sampling_mask = None
-        return num_new
-
-    @property
-    def unchanged(self) -> Decision | None:
-        """The decision of all tokens since the last call of `take`, if they have the same one."""
-        has_changed = self._records or self._decision is _NO_DECISION
-        return None if has_changed else self._decision
-
-    def restart(self) -> None:
-        """Continue with another answer, whose positions begin at 0. Call `take` before."""
-        self._begin, self._decision = self.num_tokens, _NO_DECISION
-
-    def take(self) -> list[tuple[Decision, int]]:
-        """The decisions since the last call, in order, and for how many tokens each holds.
+            The decisions in order, and for how many tokens each holds.
 
         Raises:
             AssertionError: a token came without a decision, or a record without its token.
         """
-        begin, runs = self._num_taken, []
-        # At once, so that an error is reported once.
-        records, self._records, self._num_taken = self._records, [], self.num_tokens
-        for record in records:
-            assert 1 < len(record) <= _MAX_RECORD_LEN, "a mask is no record of a decision"
-            position, *fields = record
-            # Counted over all answers.
-            place = self._begin + position
-            assert begin <= place < self.num_tokens, "a decision came without its token"
-            if begin < place:
-                runs.append((self._decision, place - begin))
-            self._decision, begin = Decision(*fields), place
-        if begin < self.num_tokens:
-            runs.append((self._decision, self.num_tokens - begin))
+        begin, runs = self._num_tokens, []
+        self._num_tokens = end = begin + len(output.token_ids)
+        if (mask := output.sampling_mask) is not None:
+            output.sampling_mask = None
+            for record in filter(None, mask.token_ids):
+                assert 1 < len(record) <= _MAX_RECORD_LEN, "a mask is no record of a decision"
+                position, *fields = record
+                # Counted over all answers.
+                place = self._begin + position
+                assert begin <= place < end, "a decision came without its token"
+                if begin < place:
+                    runs.append((self._decision, place - begin))
+                self._decision, begin = Decision(*fields), place
+        if begin < end:
+            runs.append((self._decision, end - begin))
         assert not runs or runs[0][0] is not _NO_DECISION, "a token came without a decision"
         return runs
 
@@ -211,6 +188,5 @@ def take_decisions(output: CompletionOutput) -> list[Decision] | None:
     """
     if output.sampling_mask is None:
         return None
-    reader = DecisionReader()
-    reader.read(output)
-    return [decision for decision, count in reader.take() for _ in range(count)]
+    runs = DecisionReader().read(output)
+    return [decision for decision, count in runs for _ in range(count)]

@@ -153,18 +153,19 @@ def test_a_request_that_has_ended_is_forgotten():
 
 def read(*outputs):
     """What the reader makes of outputs: (tokens, mask's entries or None) each."""
-    reader = DecisionReader()
+    reader, runs = DecisionReader(), []
     for num_tokens, entries in outputs:
         output = completion([0] * num_tokens, None)
         output.sampling_mask = entries and SamplingMask(entries)
-        assert reader.read(output) == num_tokens
+        runs += reader.read(output)
         assert output.sampling_mask is None
-    return reader.take()
+    return runs
 
 
 def test_a_token_without_a_choice_has_the_one_before():
     outputs = (1, [record(0, 5)]), (2, None), (4, [[], record(4, 6), record(5, 5), []])
-    assert read(*outputs) == [(Decision(5), 4), (Decision(6), 1), (Decision(5), 2)]
+    expected = [(5, 1), (5, 2), (5, 1), (6, 1), (5, 2)]
+    assert read(*outputs) == [(Decision(micro), count) for micro, count in expected]
     assert read((0, None)) == []
 
 
@@ -187,45 +188,19 @@ def test_choices_that_do_not_fit_their_tokens_are_a_bug_that_shows(outputs):
 
 def test_what_is_wrong_is_told_once():
     reader = DecisionReader()
-    reader.read(completion([1], None))
     with pytest.raises(AssertionError):
-        reader.take()
-    assert reader.take() == []
-
-
-def test_what_was_taken_is_not_taken_again():
-    reader = DecisionReader()
-    reader.read(completion([1, 2], [record(0, 5)]))
-    assert reader.take() == [(Decision(5), 2)] and reader.take() == []
-    reader.read(completion([3], None))
-    reader.read(completion([4], [record(3, 6)]))
-    assert reader.take() == [(Decision(5), 1), (Decision(6), 1)]
-
-
-def test_what_all_new_tokens_have_is_known_before_it_is_taken():
-    reader = DecisionReader()
-    assert reader.unchanged is None
-    reader.read(completion([1], [record(0, 5, min_p=7)]))
-    assert reader.unchanged is None, "it has changed"
-    reader.take()
-    reader.read(completion([2], None))
-    assert reader.unchanged == Decision(5, min_p=7)
-    reader.read(completion([3], [record(2, 6)]))
-    assert reader.unchanged is None
+        reader.read(completion([1], None))
+    assert reader.read(completion([], None)) == []
 
 
 def test_an_answer_that_begins_again_begins_at_position_0():
     reader = DecisionReader()
-    reader.read(completion([1, 2], [record(0, 5)]))
-    assert reader.take() == [(Decision(5), 2)]
+    assert reader.read(completion([1, 2], [record(0, 5)])) == [(Decision(5), 2)]
     reader.restart()
-    assert reader.unchanged is None
-    reader.read(completion([3], [record(0, 5)]))
-    assert reader.take() == [(Decision(5), 1)] and reader.num_tokens == 3
+    assert reader.read(completion([3], [record(0, 5)])) == [(Decision(5), 1)]
     reader.restart()
-    reader.read(completion([4], None))
     with pytest.raises(AssertionError):
-        reader.take()
+        reader.read(completion([4], None))
 
 
 DECISIONS = st.builds(
@@ -242,7 +217,7 @@ DECISIONS = st.builds(
     data=st.data(),
 )
 def test_the_reader_returns_what_the_sampler_decided(steps, data):
-    """Whatever the steps, whatever outputs they are merged into, and whenever it is asked."""
+    """Whatever the steps, and whatever outputs they are merged into."""
     reader, taken = DecisionReader(), []
     outputs = [
         completion([0] * len(step), mask and mask.to_nested_list())
@@ -254,10 +229,7 @@ def test_the_reader_returns_what_the_sampler_decided(steps, data):
         for output in outputs[1:num_merged]:
             merged.add(request_output(output), aggregate=True)
         del outputs[:num_merged]
-        reader.read(merged.outputs[0])
-        if data.draw(st.booleans()):
-            taken += reader.take()
-    taken += reader.take()
+        taken += reader.read(merged.outputs[0])
     assert [decision for decision, count in taken for _ in range(count)] == [
         decision for step in steps for decision in step
     ]

@@ -25,14 +25,14 @@ def install(fault_file: Path) -> None:
     def is_on(fault: str) -> bool:
         return fault_file.read_text() == fault
 
-    take, take_ready = DecisionReader.take, ChoiceReport.take_ready
+    read, take_ready = DecisionReader.read, ChoiceReport.take_ready
     count_tokens, abort = AdaptiveMetrics.count_tokens, MockCore.abort_requests_async
 
-    def wrong_take(self):
+    def wrong_read(self, output):
         wrong_by = 1000 * is_on("foreign")
         return [
             (decision._replace(temperature=decision.temperature + wrong_by), count)
-            for decision, count in take(self)
+            for decision, count in read(self, output)
         ]
 
     def wrong_take_ready(self):
@@ -48,7 +48,7 @@ def install(fault_file: Path) -> None:
         if not is_on("deaf"):
             await abort(self, request_ids)
 
-    DecisionReader.take, ChoiceReport.take_ready = wrong_take, wrong_take_ready
+    DecisionReader.read, ChoiceReport.take_ready = wrong_read, wrong_take_ready
     AdaptiveMetrics.count_tokens, MockCore.abort_requests_async = wrong_count_tokens, wrong_abort
 
 

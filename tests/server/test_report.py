@@ -98,9 +98,8 @@ def test_a_token_without_a_temperature_is_a_bug_that_shows():
     output = make_output((0, [0.3, 0.7], None))
     output.outputs[0].sampling_mask = SamplingMask([[1, *Decision(700_000)]])
     report = make_report().begin_prompt()
-    report.read(output)
     with pytest.raises(AssertionError, match="a token came without a decision"):
-        report.flush()
+        report.read(output)
 
 
 def test_a_temperature_without_a_token_is_a_bug_that_shows():
@@ -109,9 +108,8 @@ def test_a_temperature_without_a_token_is_a_bug_that_shows():
         [[0, *Decision(300_000)], [2, *Decision(700_000)]]
     )
     report = make_report().begin_prompt()
-    report.read(output)
     with pytest.raises(AssertionError, match="a decision came without its token"):
-        report.flush()
+        report.read(output)
 
 
 def test_tokens_are_reported_once_they_have_been_read():
