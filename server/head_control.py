@@ -90,9 +90,17 @@ class HeadControl:
             except HeadError as error:
                 raise VLLMValidationError(str(error), parameter="folder") from None
             generation = self._registry.next_generation()
-            await self._load_in_workers(name, generation, path, loaded.digest)
-            head = ServedHead(name, generation, loaded.metadata)
-            await self._check_features(head)
+            try:
+                await self._load_in_workers(name, generation, path, loaded.digest)
+                head = ServedHead(name, generation, loaded.metadata)
+                await check_features(self._engine_client, head)
+            except BaseException as error:
+                self._begin(self._forget(name, generation))
+                if isinstance(error, HeadError):
+                    raise VLLMValidationError(str(error), parameter="folder") from None
+                if isinstance(error, TimeoutError):
+                    raise WorkerError(str(error)) from None
+                raise
             if (replaced := self._registry.by_name.get(name)) is not None:
                 self._metrics.remove_head(name, replaced.metadata)
                 self._begin(self._release(replaced))
@@ -184,33 +192,15 @@ class HeadControl:
 
     async def _load_in_workers(self, name: str, generation: int, path: Path, digest: str) -> None:
         deadline = time.monotonic() + MAX_LOADING_S
-        try:
-            while True:
-                states = await self._call_workers("add_head", name, generation, str(path), digest)
-                for reason in set(states) - {LOADING, None}:
-                    raise WorkerError(f"a worker could not load head {name!r}: {reason}")
-                if LOADING not in states:
-                    return
-                if time.monotonic() > deadline:
-                    raise WorkerError(
-                        f"a worker has not read head {name!r} within {MAX_LOADING_S:g} s"
-                    )
-                await asyncio.sleep(POLL_INTERVAL_S)
-        except BaseException:
-            self._begin(self._forget(name, generation))
-            raise
-
-    async def _check_features(self, head: ServedHead) -> None:
-        """Let the workers forget a head that its feature probe refuses."""
-        try:
-            await check_features(self._engine_client, head)
-        except BaseException as error:
-            self._begin(self._forget(head.name, head.generation))
-            if isinstance(error, HeadError):
-                raise VLLMValidationError(str(error), parameter="folder") from None
-            if isinstance(error, TimeoutError):
-                raise WorkerError(str(error)) from None
-            raise
+        while True:
+            states = await self._call_workers("add_head", name, generation, str(path), digest)
+            for reason in set(states) - {LOADING, None}:
+                raise WorkerError(f"a worker could not load head {name!r}: {reason}")
+            if LOADING not in states:
+                return
+            if time.monotonic() > deadline:
+                raise WorkerError(f"a worker has not read head {name!r} within {MAX_LOADING_S:g} s")
+            await asyncio.sleep(POLL_INTERVAL_S)
 
     async def _call_workers(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every worker of every data-parallel engine; their results."""
