@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import shutil
+from collections.abc import Collection
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +13,6 @@ from typing import Any, Final
 import safetensors
 import torch
 from pydantic import BaseModel, ConfigDict
-from pydantic_core import PydanticSerializationError
 from safetensors.torch import load, save_file
 
 from adaptive_head.files import git_sha, package_versions, read_bounded, replace_file
@@ -22,6 +23,7 @@ from adaptive_head.metadata import (
     HeadError,
     HeadMetadata,
     Setting,
+    dump_metadata,
     parse_metadata,
 )
 from adaptive_head.options import Level, Selection
@@ -45,6 +47,7 @@ METADATA_FILE = "head.json"
 WEIGHTS_FILE = "head.safetensors"
 # Files come from outside. Twice the paper's head for a model of width 16,384 is 0.6 GB.
 MAX_METADATA_BYTES: Final = 1 << 20
+MAX_HEADER_BYTES: Final = 1 << 20
 MAX_WEIGHTS_BYTES: Final = 1 << 30
 
 
@@ -119,10 +122,7 @@ def write_metadata(folder: Path, metadata: HeadMetadata) -> None:
         HeadError: it could not be read again.
     """
     path = folder / METADATA_FILE
-    try:
-        content = metadata.model_dump_json(indent=2) + "\n"
-    except PydanticSerializationError as error:
-        raise HeadError(f"{path}: training cannot be written: {error}") from None
+    content = dump_metadata(path, metadata)
     if len(content.encode()) > MAX_METADATA_BYTES:
         raise HeadError(f"{path}: training is too long: {MAX_METADATA_BYTES:,} bytes are read")
     replace_file(path, content)
@@ -158,18 +158,23 @@ def _make_folder(folder: Path) -> None:
 
 
 def load_head(
-    folder: Path, *, hidden_size: int | None = None, fingerprint: str | None = None
+    folder: Path,
+    *,
+    hidden_size: int | None = None,
+    fingerprint: str | None = None,
+    within: Collection[Path] | None = None,
 ) -> LoadedHead:
     """Read a head and check everything about it.
 
     Args:
         hidden_size: of the model that it is to serve, if known.
         fingerprint: of the model that it is to serve, if known (`fingerprint_model`).
+        within: folders that its files must lie in, where links lead to; None allows any.
 
     Raises:
         HeadError: says which file is wrong, and how.
     """
-    described = _read_file(folder, METADATA_FILE, MAX_METADATA_BYTES)
+    described = _read_file(folder, METADATA_FILE, MAX_METADATA_BYTES, within)
     metadata = parse_metadata(folder / METADATA_FILE, described)
     if hidden_size not in (None, metadata.hidden_size):
         raise HeadError(
@@ -182,14 +187,18 @@ def load_head(
             f"{folder}: the head was made for {metadata.base_model.name} "
             f"(fingerprint {expected}), the model being served has fingerprint {fingerprint}"
         )
-    weighed = _read_file(folder, WEIGHTS_FILE, MAX_WEIGHTS_BYTES)
+    shapes = _expected_shapes(metadata.config)
+    # No number has more than 8 bytes.
+    implied = MAX_HEADER_BYTES + 8 * sum(map(math.prod, shapes.values()))
+    weighed = _read_file(folder, WEIGHTS_FILE, min(implied, MAX_WEIGHTS_BYTES), within)
     weights = _parse_weights(folder / WEIGHTS_FILE, weighed)
     # Before the network is made: a damaged size would ask for more memory than there is.
-    _check_weights(folder / WEIGHTS_FILE, weights, _expected_shapes(metadata.config))
-    network = AdaptiveHead.from_weights(metadata.config, weights)
+    _check_weights(folder / WEIGHTS_FILE, weights, shapes)
+    network = AdaptiveHead.from_weights(metadata.config, weights).requires_grad_(False).eval()
+    _check_logits(folder / WEIGHTS_FILE, network)
     return LoadedHead(
         metadata=metadata,
-        network=network.requires_grad_(False).eval(),
+        network=network,
         path=folder,
         digest=hashlib.sha256(described + weighed).hexdigest(),
     )
@@ -205,9 +214,11 @@ def read_metadata(folder: Path) -> HeadMetadata:
     return parse_metadata(folder / METADATA_FILE, content)
 
 
-def _read_file(folder: Path, name: str, max_bytes: int) -> bytes:
+def _read_file(
+    folder: Path, name: str, max_bytes: int, within: Collection[Path] | None = None
+) -> bytes:
     try:
-        return read_bounded(folder / name, max_bytes)
+        return read_bounded(folder / name, max_bytes, within)
     except (FileNotFoundError, NotADirectoryError):
         raise HeadError(f"{folder} is not a head: it has no {name}") from None
     except OSError as error:
@@ -252,3 +263,14 @@ def _check_finite(path: Path, weights: dict[str, torch.Tensor]) -> None:
         # As float32, since that is what the network will hold.
         if not tensor.float().isfinite().all():
             raise HeadError(f"{path}: {name} holds NaN or infinity")
+
+
+def _check_logits(path: Path, network: AdaptiveHead) -> None:
+    """Weights that are finite each can be too large together."""
+    generator = torch.Generator().manual_seed(0)
+    shape = 4, network.config.hidden_size
+    # Larger than what enters the LM head of any known model. A process of vLLM's has a device of
+    # its own for what says none.
+    hidden = 100 * torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+    if not network(hidden).isfinite().all():
+        raise HeadError(f"{path}: the logits are not finite: its weights are too large")

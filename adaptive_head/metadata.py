@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -21,6 +22,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticSerializationError
 
 from adaptive_head.head import MAX_TEMPERATURE, HeadConfig, check_temperatures
 from adaptive_head.options import Level, Selection, Temperature, TokenId, quote
@@ -31,6 +33,11 @@ MAX_PROBE_PROMPTS = 64
 MAX_PROBE_TOKENS = 256
 _MAX_TOLERANCES = 16
 _MAX_LAYERS = 64
+_MAX_PACKAGES = 64
+# Of everything but `training`: a probe of the largest size, and the rest. To refuse one value takes
+# microseconds, and a megabyte could hold half a million.
+_MAX_VALUES = MAX_PROBE_PROMPTS * (MAX_PROBE_TOKENS + 2) + 1024
+_MAX_MESSAGE_LENGTH = 1000
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
@@ -39,7 +46,25 @@ _SHARES = TypeAdapter(dict[str, Share])
 
 
 class HeadError(ValueError):
-    """A head that cannot be used. The message names the file and what is wrong with it."""
+    """A head that cannot be used. The message names the file and what is wrong with it.
+
+    It may quote the file, and can be logged and sent all the same: it is one line of limited
+    length, with escapes for what is not printable.
+    """
+
+    def __init__(self, message: str) -> None:
+        cut = message[:_MAX_MESSAGE_LENGTH]
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in cut))
+
+
+def _check_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be printable characters")
+    return text
+
+
+# Text that lists, labels and messages show.
+Name = Annotated[str, Field(max_length=128), AfterValidator(_check_printable)]
 
 
 class _Described(BaseModel):
@@ -49,8 +74,8 @@ class _Described(BaseModel):
 class BaseModelIdentity(_Described):
     """The frozen language model that a head was made for; see `fingerprint_model`."""
 
-    name: str
-    fingerprint: str | None = None
+    name: Name
+    fingerprint: Name | None = None
 
 
 class Setting(_Described):
@@ -114,7 +139,7 @@ class FeatureProbe(_Described):
     ]
     temperatures: tuple[Temperature, ...]
     tolerances: Annotated[
-        dict[str, Annotated[float, Field(gt=0.0, le=MAX_TEMPERATURE, allow_inf_nan=False)]],
+        dict[Name, Annotated[float, Field(gt=0.0, le=MAX_TEMPERATURE, allow_inf_nan=False)]],
         Field(min_length=1, max_length=_MAX_TOLERANCES),
     ]
 
@@ -149,9 +174,9 @@ class HeadMetadata(_Described):
     probe: FeatureProbe | None = None
     trained: bool
     training: dict[str, Any] | None = None
-    created: str
-    git_sha: str | None = None
-    packages: dict[str, str]
+    created: Name
+    git_sha: Name | None = None
+    packages: Annotated[dict[Name, Name], Field(max_length=_MAX_PACKAGES)]
 
     @field_validator("kind", mode="before")
     @classmethod
@@ -237,7 +262,8 @@ def parse_metadata(path: Path, text: bytes) -> HeadMetadata:
         path: for messages.
 
     Raises:
-        HeadError: it is not JSON, of a newer format, or a field is wrong or not served yet.
+        HeadError: it is not JSON, of a newer format, a field is wrong or not served yet, or it
+            cannot be written again.
     """
     try:
         content = json.loads(text)
@@ -245,6 +271,11 @@ def parse_metadata(path: Path, text: bytes) -> HeadMetadata:
         raise HeadError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise HeadError(f"{path} must hold a JSON object")
+    num_values = _count_values(content) - _count_values(content.get("training"))
+    if num_values > _MAX_VALUES:
+        raise HeadError(
+            f"{path} has {num_values:,} values besides training, at most {_MAX_VALUES:,} are read"
+        )
     found = content.get("format_version")
     if isinstance(found, int) and found > FORMAT_VERSION:
         raise HeadError(
@@ -256,13 +287,42 @@ def parse_metadata(path: Path, text: bytes) -> HeadMetadata:
     if content.get("format_version", 1) == 1:
         content, names = _convert_format_1(path, content), {"choices": "temperatures"}
     try:
-        return HeadMetadata.model_validate(content)
+        metadata = HeadMetadata.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field, *parts = first["loc"] or ("(top level)",)
         place = ".".join(map(str, (names.get(str(field), field), *parts)))
         message = first["msg"].removeprefix("Value error, ")
         raise HeadError(f"{path}: {place}: {message}") from None
+    dump_metadata(path, metadata)
+    return metadata
+
+
+def dump_metadata(path: Path, metadata: HeadMetadata) -> str:
+    """The contents of a `head.json` of the newest format.
+
+    Args:
+        path: for messages.
+
+    Raises:
+        HeadError: `training` holds what JSON cannot, such as half a surrogate pair.
+    """
+    try:
+        return metadata.model_dump_json(indent=2) + "\n"
+    except PydanticSerializationError as error:
+        raise HeadError(f"{path}: training cannot be written: {error}") from None
+
+
+def _count_values(value: Any) -> int:
+    """How many values a JSON value is made of, however deep they are."""
+    num_values, todo = 0, [value]
+    while todo:
+        num_values += 1
+        value = todo.pop()
+        todo += (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        )
+    return num_values
 
 
 def _convert_format_1(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
