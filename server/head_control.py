@@ -13,10 +13,11 @@ from types import EllipsisType
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
-from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
-from adaptive_head.checkpoint import HeadError
+from adaptive_head.checkpoint import HeadError, LoadedHead
+from adaptive_head.library import HeadLibrary, LoadedHeads
 from adaptive_head.vllm import LOADING
 from adaptive_head.vllm.heads import HeadVerifier
 from adaptive_head.vllm.settings import check_head_name
@@ -30,6 +31,8 @@ POLL_INTERVAL_S = 0.05
 MAX_LOADING_S = 120.0
 # How often to look whether a head that is no longer served still has requests.
 RELEASE_INTERVAL_S = 1.0
+# Until a head that is gone leaves the metrics: longer than between any two scrapes.
+SERIES_KEPT_S = 900.0
 # No separator of paths, no name that a folder cannot have or that a label would need quotes for.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -66,11 +69,34 @@ class HeadControl:
         self._engine_client = engine_client
         self._registry = registry
         self._metrics = metrics
-        self._heads_dir = heads_dir.resolve()
+        self._library = HeadLibrary(heads_dir)
+        self._loaded = LoadedHeads()
         self.admin_key = admin_key
         self._verifier = HeadVerifier(engine_client.vllm_config)
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    async def restore(self) -> None:
+        """Repeat the changes of before a restart. What fails is logged, and tried again after the
+        next one: no head on a disk keeps the server from starting."""
+        try:
+            self._loaded = await asyncio.to_thread(self._library.read_loaded)
+        except HeadError as error:
+            logger.error("No head is restored: %s", error)
+        saved = self._loaded.model_copy(deep=True)
+        for name, folder in saved.heads.items():
+            await self._attempt(name, self.load(name, folder, is_default=False))
+        for name, canary in saved.canaries.items():
+            change = self.change(name, make_default=False, canary=Canary(*canary))
+            await self._attempt(name, change)
+        if saved.default is not None:
+            await self._attempt(saved.default, self.change(saved.default, make_default=True))
+
+    async def _attempt(self, name: str, change: Coroutine[Any, Any, object]) -> None:
+        try:
+            await change
+        except Exception as error:
+            logger.error("Head %s is not restored: %s", name, error)
 
     async def load(self, name: str, folder: str | None, *, is_default: bool) -> ServedHead:
         """Serve a head from the next request on, also instead of one of its name.
@@ -83,15 +109,13 @@ class HeadControl:
             WorkerError: a worker could not load it.
         """
         check_name(name)
-        path = self._find_folder(folder or name)
+        folder = folder or name
         async with self._lock:
-            try:
-                loaded = await asyncio.to_thread(self._verifier.load, path)
-            except HeadError as error:
-                raise VLLMValidationError(str(error), parameter="folder") from None
             generation = self._registry.next_generation()
             try:
-                await self._load_in_workers(name, generation, path, loaded.digest)
+                reading = asyncio.to_thread(self._read, folder)
+                loaded = await asyncio.wait_for(reading, MAX_LOADING_S)
+                await self._load_in_workers(name, generation, loaded.path, loaded.digest)
                 head = ServedHead(name, generation, loaded.metadata)
                 await check_features(self._engine_client, head)
             except BaseException as error:
@@ -99,7 +123,8 @@ class HeadControl:
                 if isinstance(error, HeadError):
                     raise VLLMValidationError(str(error), parameter="folder") from None
                 if isinstance(error, TimeoutError):
-                    raise WorkerError(str(error)) from None
+                    late = f"head {name!r} was not read within {MAX_LOADING_S:g} s"
+                    raise WorkerError(str(error) or late) from None
                 raise
             if (replaced := self._registry.by_name.get(name)) is not None:
                 self._metrics.remove_head(name, replaced.metadata)
@@ -108,7 +133,11 @@ class HeadControl:
             self._registry.put(head)
             if is_default or self._registry.default is None:
                 self._registry.default = name
-        logger.info("Head %s is now that of %s (generation %d)", name, path, generation)
+            self._loaded.heads[name] = folder
+            if is_default:
+                self._loaded.default = name
+            await self._remember()
+        logger.info("Head %s is now that of %s (generation %d)", name, loaded.path, generation)
         return head
 
     async def remove(self, name: str) -> None:
@@ -119,7 +148,7 @@ class HeadControl:
             HeadConflictError: it is the default, or part of a canary.
         """
         async with self._lock:
-            head = self._find(name)
+            head = self._registry.find(name)
             if name == self._registry.default:
                 raise HeadConflictError(
                     f"head {name!r} is the default; make another one that first"
@@ -131,6 +160,8 @@ class HeadControl:
             self._registry.remove(name)
             self._metrics.remove_head(name, head.metadata)
             self._begin(self._release(head))
+            self._loaded.heads.pop(name, None)
+            await self._remember()
         logger.info("Head %s is no longer served", name)
 
     async def change(
@@ -148,13 +179,14 @@ class HeadControl:
             VLLMValidationError: there is no such canary, or it is the head itself.
         """
         async with self._lock:
-            self._find(name)
+            self._registry.find(name)
             if not isinstance(canary, EllipsisType):
                 self._set_canary(name, canary if canary and canary.percent else None)
                 logger.info("The canary of head %s is now %s", name, canary)
             if make_default:
-                self._registry.default = name
+                self._registry.default = self._loaded.default = name
                 logger.info("Head %s is now the default", name)
+            await self._remember()
 
     def _set_canary(self, name: str, canary: Canary | None) -> None:
         others = self._registry.by_name.keys() - {name}
@@ -166,29 +198,21 @@ class HeadControl:
             )
         if (ended := self._registry.canaries.get(name)) is not None:
             self._metrics.set_canary(name, ended.name, 0)
+        self._loaded.canaries.pop(name, None)
         if canary is not None:
             self._metrics.set_canary(name, canary.name, canary.percent / 100)
+            self._loaded.canaries[name] = canary.name, canary.percent
         self._registry.set_canary(name, canary)
 
-    def _find(self, name: str) -> ServedHead:
-        head = self._registry.by_name.get(name)
-        if head is None:
-            loaded = ", ".join(sorted(self._registry.by_name)) or "none"
-            raise VLLMNotFoundError(f"no head {name!r:.80}; loaded: {loaded}")
-        return head
+    def _read(self, folder: str) -> LoadedHead:
+        return self._verifier.load(self._library.find(folder), self._library.roots)
 
-    def _find_folder(self, folder: str) -> Path:
+    async def _remember(self) -> None:
+        """Write down what a restart is to repeat. The change stands where that fails."""
         try:
-            path = (self._heads_dir / folder).resolve()
-        except (OSError, ValueError, RuntimeError):
-            # Too long a name, a NUL in it, a loop of links.
-            path = self._heads_dir
-        if path == self._heads_dir or not path.is_relative_to(self._heads_dir):
-            raise VLLMValidationError(
-                f"folder must be one below the server's --heads-dir, got {folder!r:.80}",
-                parameter="folder",
-            )
-        return path
+            await asyncio.to_thread(self._library.write_loaded, self._loaded)
+        except OSError as error:
+            logger.warning("This change of heads will not survive a restart: %s", error)
 
     async def _load_in_workers(self, name: str, generation: int, path: Path, digest: str) -> None:
         deadline = time.monotonic() + MAX_LOADING_S
@@ -222,6 +246,10 @@ class HeadControl:
         while head.num_holders:
             await asyncio.sleep(RELEASE_INTERVAL_S)
         await self._forget(head.name, head.generation)
+        await asyncio.sleep(SERIES_KEPT_S)
+        served = self._registry.by_name.get(head.name)
+        if served is None or served.level != head.level:
+            self._metrics.forget_head(head.name, head.level)
 
     async def _forget(self, name: str, generation: int) -> None:
         try:

@@ -7,7 +7,7 @@ from http import HTTPStatus
 from types import EllipsisType
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, HTTPException, Request
+from fastapi import APIRouter, Header, HTTPException, Request, Response
 from fastapi.params import Depends
 from pydantic import BaseModel, ConfigDict, Field
 from vllm.exceptions import VLLMError, VLLMValidationError
@@ -47,9 +47,10 @@ class ChangeRequest(_Strict):
 
 
 def make_head_router() -> APIRouter:
-    """The routes; all but the first answer 403 where control is off, and 401 without the key."""
+    """The routes; those that change heads answer 403 where control is off, 401 without the key."""
     router = APIRouter()
     router.get(HEADS_PATH)(show_heads)
+    router.get(HEADS_PATH + "/{name}/training")(show_training)
     router.post(HEADS_PATH)(load_head)
     router.patch(HEADS_PATH + "/{name}")(change_head)
     router.delete(HEADS_PATH + "/{name}")(remove_head)
@@ -60,6 +61,12 @@ async def show_heads(raw_request: Request) -> dict[str, Any]:
     """The loaded heads with their metadata."""
     heads = find_registry(raw_request)
     return {"object": "list", "data": [describe(head, heads) for head in heads]}
+
+
+async def show_training(name: str, raw_request: Request) -> Response:
+    """How a head was trained, which may be long."""
+    metadata = find_registry(raw_request).find(name).metadata
+    return Response(metadata.model_dump_json(include={"training"}), media_type="application/json")
 
 
 def require_control(
@@ -152,5 +159,5 @@ def describe(head: ServedHead, heads: HeadRegistry) -> dict[str, Any]:
         "generation": head.generation,
         "canary": canary and {"head": canary.name, "percent": canary.percent},
         "temperatures": head.metadata.temperatures,
-        **head.metadata.model_dump(mode="json", exclude={"probe"}),
+        **head.metadata.model_dump(mode="json", exclude={"probe", "training"}),
     }

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from vllm.exceptions import VLLMNotFoundError
+
 from adaptive_head.checkpoint import HeadMetadata
 from adaptive_head.options import AdaptiveRequest, Level, Options, Selection
 
@@ -72,6 +74,17 @@ class HeadRegistry:
     def canaries(self) -> Mapping[str, Canary]:
         """The canaries by the heads whose requests they share."""
         return MappingProxyType(self._canaries)
+
+    def find(self, name: str) -> ServedHead:
+        """The head of that name.
+
+        Raises:
+            VLLMNotFoundError: there is none.
+        """
+        if (head := self._heads.get(name)) is None:
+            loaded = ", ".join(sorted(self._heads)) or "none"
+            raise VLLMNotFoundError(f"no head {name!r:.80}; loaded: {loaded}")
+        return head
 
     def next_generation(self) -> int:
         """A number that no head has had."""

@@ -108,9 +108,15 @@ class AdaptiveMetrics:
             self._training_share.labels(*labels, floatToGoString(bound)).set(share)
 
     def remove_head(self, name: str, head: HeadMetadata) -> None:
-        """A head serves no longer. What it has chosen remains counted."""
+        """A head serves no longer. What it has chosen remains counted until `forget_head`."""
         self._info.remove(self._model, name, head.level, *_describe(head))
         self._training_share.remove_by_labels({"model": self._model, "head": name})
+
+    def forget_head(self, name: str, level: str) -> None:
+        """Drop the counts of a head that serves no longer and has no request left."""
+        self._series.clear()
+        for metric in (self._temperature, self._request_temperature, self._requests):
+            metric.remove_by_labels({"model": self._model, "head": name, "level": level})
 
     def set_canary(self, head: str, canary: str, share: float) -> None:
         """`canary` answers this share (0 to 1) of the requests to `head`; 0 ends it."""

@@ -96,6 +96,7 @@ class AdaptiveEndpoints:
         control = None
         if admin_key is not None and settings.heads_dir is not None:
             control = HeadControl(engine_client, heads, metrics, settings.heads_dir, admin_key)
+            await control.restore()
         state.adaptive = AdaptiveState(
             heads=heads,
             adaptive_by_default=settings.adaptive_by_default,

@@ -1,6 +1,6 @@
 """The heads of an engine, loaded and checked against the model that it serves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -59,15 +59,21 @@ class HeadVerifier:
     def _fingerprint(self) -> str | None:
         return fingerprint_served(self._config) if self._is_verified else None
 
-    def load(self, folder: Path) -> LoadedHead:
+    def load(self, folder: Path, within: Collection[Path] | None = None) -> LoadedHead:
         """Load a head.
+
+        Args:
+            within: folders that its files must lie in, where links lead to; None allows any.
 
         Raises:
             HeadError: it is damaged, or was made for another model.
         """
         model_config = self._config.model_config
         head = load_head(
-            folder, hidden_size=model_config.get_hidden_size(), fingerprint=self._fingerprint
+            folder,
+            hidden_size=model_config.get_hidden_size(),
+            fingerprint=self._fingerprint,
+            within=within,
         )
         made_for = head.metadata.base_model
         if self._is_verified and made_for.fingerprint is not None and self._fingerprint is None:

@@ -92,6 +92,7 @@ def test_the_routes_are_those_of_vllm_and_the_list_of_heads():
         MODELS_PATH,
         HEADS_PATH,
         HEADS_PATH + "/{name}",
+        HEADS_PATH + "/{name}/training",
     }
 
 
