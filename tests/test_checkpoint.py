@@ -336,8 +336,9 @@ def test_a_setting_is_written_as_short_as_it_is(temperature, top_p, min_p):
 
 def test_the_heads_own_select_and_probe_come_back(tmp_path, network):
     probe = FeatureProbe.model_validate(PROBE)
-    options = {"base_model": IDENTITY, "trained": False, "select": "mean", "probe": probe}
-    save_head(tmp_path / "h", network, level="token", **options)
+    options = {"base_model": IDENTITY, "trained": False, "select": "mean"}
+    metadata = save_head(tmp_path / "h", network, level="token", **options)
+    write_metadata(tmp_path / "h", metadata.model_copy(update={"probe": probe}))
     loaded = load_head(tmp_path / "h")
     assert loaded.select == loaded.metadata.select == "mean" and loaded.metadata.probe == probe
     assert json.loads((tmp_path / "h/head.json").read_text())["probe"] == PROBE
