@@ -7,10 +7,10 @@ all of them have it does it take its name. A head that fails on the way changes 
 import asyncio
 import re
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
@@ -37,6 +37,8 @@ SERIES_KEPT_S = 900.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 logger = init_logger("vllm.adaptive")
+
+T = TypeVar("T")
 
 
 class HeadConflictError(Exception):
@@ -80,8 +82,8 @@ class HeadControl:
         """Repeat the changes of before a restart. What fails is logged, and tried again after the
         next one: no head on a disk keeps the server from starting."""
         try:
-            self._loaded = await asyncio.to_thread(self._library.read_loaded)
-        except HeadError as error:
+            self._loaded = await _in_thread(self._library.read_loaded)
+        except (HeadError, TimeoutError) as error:
             logger.error("No head is restored: %s", error)
         saved = self._loaded.model_copy(deep=True)
         for name, folder in saved.heads.items():
@@ -113,8 +115,7 @@ class HeadControl:
         async with self._lock:
             generation = self._registry.next_generation()
             try:
-                reading = asyncio.to_thread(self._read, folder)
-                loaded = await asyncio.wait_for(reading, MAX_LOADING_S)
+                loaded = await _in_thread(self._read, folder)
                 await self._load_in_workers(name, generation, loaded.path, loaded.digest)
                 head = ServedHead(name, generation, loaded.metadata)
                 await check_features(self._engine_client, head)
@@ -123,8 +124,7 @@ class HeadControl:
                 if isinstance(error, HeadError):
                     raise VLLMValidationError(str(error), parameter="folder") from None
                 if isinstance(error, TimeoutError):
-                    late = f"head {name!r} was not read within {MAX_LOADING_S:g} s"
-                    raise WorkerError(str(error) or late) from None
+                    raise WorkerError(str(error)) from None
                 raise
             if (replaced := self._registry.by_name.get(name)) is not None:
                 self._metrics.remove_head(name, replaced.metadata)
@@ -210,7 +210,7 @@ class HeadControl:
     async def _remember(self) -> None:
         """Write down what a restart is to repeat. The change stands where that fails."""
         try:
-            await asyncio.to_thread(self._library.write_loaded, self._loaded)
+            await _in_thread(self._library.write_loaded, self._loaded.model_copy(deep=True))
         except OSError as error:
             logger.warning("This change of heads will not survive a restart: %s", error)
 
@@ -257,6 +257,18 @@ class HeadControl:
         except Exception:
             # It costs memory until the restart that a broken engine needs anyway.
             logger.exception("The workers keep head %s, generation %d", name, generation)
+
+
+async def _in_thread(function: Callable[..., T], *args: Any) -> T:
+    """Call what reads or writes the folder of heads.
+
+    Raises:
+        TimeoutError: the disk has not answered. It may still do so, and nobody waits for it.
+    """
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(function, *args), MAX_LOADING_S)
+    except TimeoutError:
+        raise TimeoutError(f"--heads-dir has not answered within {MAX_LOADING_S:g} s") from None
 
 
 def check_name(name: str) -> None:

@@ -5,13 +5,13 @@ import json
 import logging
 import os
 import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from adaptive_head.library import LOADED_FILE
-from adaptive_head.metadata import HeadError
 from server.plugin import AdaptiveEndpoints
 from tests.server import test_head_control as control
 from tests.server.test_head_control import AT_START, assert_refused, choose, settle, wait_until
@@ -234,25 +234,43 @@ async def test_files_that_lead_elsewhere_are_refused_and_hold_nothing_up(
         await change(server, "POST", name="d")
 
 
-async def test_a_disk_that_does_not_answer_ends_the_attempt(setup, save, monkeypatch):
+@contextmanager
+def stuck(owner, name):
+    """Let a method wait as for a disk that does not answer, and all others give up soon."""
+    answered = threading.Event()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.head_control.MAX_LOADING_S", 0.1)
+        patch.setattr(owner, name, lambda *_: answered.wait(60))
+        try:
+            yield
+        finally:
+            answered.set()
+
+
+async def test_a_disk_that_does_not_answer_ends_the_attempt(setup, save):
     server = await setup()
     save("c")
-    verifier = server.app.state.adaptive.control._verifier
-    load, answered = verifier.load, threading.Event()
+    with stuck(server.app.state.adaptive.control._verifier, "load"):
+        response = await server.send("POST", body={"name": "c"})
+        assert_refused(response, 500, None, "has not answered within 0.1 s")
+        await control.assert_unchanged(server, "load", "failed")
+        await change(server, "PATCH", "/b", default=True)
 
-    def wait(*args):
-        answered.wait(60)
-        raise HeadError("late")
 
-    monkeypatch.setattr(verifier, "load", wait)
-    monkeypatch.setattr("server.head_control.MAX_LOADING_S", 0.1)
-    response = await server.send("POST", body={"name": "c"})
-    assert_refused(response, 500, None, "was not read within 0.1 s")
-    await control.assert_unchanged(server, "load", "failed")
-    monkeypatch.setattr("server.head_control.MAX_LOADING_S", 60)
-    monkeypatch.setattr(verifier, "load", load)
-    await change(server, "POST", name="c")
-    answered.set()
+async def test_a_disk_that_takes_no_file_does_not_hold_up_other_changes(setup, logged):
+    server = await setup()
+    with stuck(server.app.state.adaptive.control._library, "write_loaded"):
+        for name in "ba":
+            await change(server, "PATCH", f"/{name}", default=True)
+    assert server.registry.default == "a"
+    assert logged.text.count("will not survive a restart: --heads-dir has not answered") == 2
+
+
+async def test_a_disk_that_does_not_answer_does_not_hold_up_the_start(setup, logged):
+    server = await setup()
+    with stuck(server.app.state.adaptive.control._library, "read_loaded"):
+        await server.app.state.adaptive.control.restore()
+    assert "No head is restored: --heads-dir has not answered" in logged.text
 
 
 async def test_training_is_shown_by_a_route_of_its_own(setup, save):
