@@ -1,6 +1,7 @@
 """`adaptive-serve`: vLLM's server, with the options that it takes to choose temperatures."""
 
 import argparse
+import math
 import os
 import sys
 from argparse import Namespace
@@ -15,6 +16,7 @@ from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.heads import SHIPPED_HEADS
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError, check_version, refuse_unsupported
+from adaptive_head.vllm.limits import DEFAULT_MAX_QUEUED, Limits, option_name
 from adaptive_head.vllm.settings import (
     ADMIN_KEY_VARIABLE,
     CONFIG_KEY,
@@ -107,6 +109,16 @@ def make_parser() -> argparse.ArgumentParser:
         help="let POST /v1/adaptive/heads load heads from below this folder while the server runs; "
         f"its callers show the key in the environment variable {ADMIN_KEY_VARIABLE}",
     )
+    group = parser.add_argument_group("limits of one request")
+    for name, field in Limits.model_fields.items():
+        group.add_argument(
+            option_name(name),
+            dest=name,
+            type=type(field.default),
+            default=field.default,
+            metavar="N",
+            help=f"{field.description} (default: {field.default})",
+        )
     return parser
 
 
@@ -162,6 +174,7 @@ def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
         request_log=ours.request_log,
         playground=not ours.no_playground,
         heads_dir=ours.heads_dir and ours.heads_dir.expanduser().resolve(),
+        limits=read_limits(ours),
     )
     settings.check()
     has_api = not args.headless
@@ -177,6 +190,19 @@ def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
         check_target(settings.request_log)
     configure(args, settings)
     return args
+
+
+def read_limits(ours: Namespace) -> Limits:
+    """The limits on the command line.
+
+    Raises:
+        ValueError: one of them is not positive.
+    """
+    values = {name: getattr(ours, name) for name in Limits.model_fields}
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{option_name(name)} {value}: must be a positive number")
+    return Limits(**values)
 
 
 def prepare_environment() -> None:
@@ -218,6 +244,8 @@ def parse_vllm(vllm_argv: list[str]) -> Namespace:
     parser.set_defaults(model=None)
     args = parser.parse_args(vllm_argv)
     args.model_tag = args.model_tag or args.model
+    if args.max_num_queued_reqs is None:
+        args.max_num_queued_reqs = DEFAULT_MAX_QUEUED * max(1, args.data_parallel_size)
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     return args

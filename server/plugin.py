@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
+from vllm.exceptions import GracefulHTTPError
 from vllm.logger import init_logger
 
 from adaptive_head.checkpoint import read_metadata
@@ -27,6 +28,11 @@ from server.handlers import (
 from server.head_control import HeadControl
 from server.head_routes import make_head_router
 from server.heads import HeadRegistry
+from server.limits.connections import bounded_connections
+from server.limits.door import Door
+from server.limits.grammars import check_grammars_in_threads
+from server.limits.messages import bound_messages
+from server.limits.queue import Queue, refuse_full
 from server.metrics import AdaptiveMetrics
 from server.playground import PLAYGROUND_PATH, make_playground_router
 from server.record import Observer, Recorder
@@ -61,11 +67,18 @@ class AdaptiveEndpoints:
         settings = read_settings(args.additional_config)
         if settings.playground:
             app.include_router(make_playground_router())
+        bound_messages()
+        app.exception_handler(GracefulHTTPError)(refuse_full)
+        app.state.queue = Queue()
         observers = make_observers(args, settings)
+        # The innermost, so that a refusal is recorded.
+        app.add_middleware(Door, limits=settings.limits, queue=app.state.queue)
         app.add_middleware(Gate, drain=DRAIN)
         if observers:
             app.add_middleware(Recorder, paths=RECORDED_PATHS, observers=observers)
-        app.router.lifespan_context = extend_lifespan(app.router.lifespan_context, observers)
+        app.router.lifespan_context = extend_lifespan(
+            app.router.lifespan_context, observers, settings
+        )
 
     async def init_state(self, engine_client: EngineClient, state: State, args: Namespace) -> None:
         """Prepare the routes' state, once the engine is up.
@@ -93,6 +106,8 @@ class AdaptiveEndpoints:
         admin_key = read_admin_key(
             settings.heads_dir, parallel._api_process_count, parallel.enable_elastic_ep
         )
+        check_grammars_in_threads(engine_client, settings.limits)
+        state.queue.watch(engine_client)
         control = None
         if admin_key is not None and settings.heads_dir is not None:
             control = HeadControl(engine_client, heads, metrics, settings.heads_dir, admin_key)
@@ -160,7 +175,9 @@ def make_observers(args: Namespace, settings: AdaptiveSettings) -> list[Observer
     return observers
 
 
-def extend_lifespan(lifespan: Lifespan, observers: Sequence[Observer]) -> Lifespan:
+def extend_lifespan(
+    lifespan: Lifespan, observers: Sequence[Observer], settings: AdaptiveSettings
+) -> Lifespan:
     """The application's lifespan: announced at its start, which is the last that a start-up
     prints, and closing the observers at its end."""
 
@@ -169,7 +186,8 @@ def extend_lifespan(lifespan: Lifespan, observers: Sequence[Observer]) -> Lifesp
         async with lifespan(app) as state:
             announce(app.state.adaptive, app.state.args)
             bound_closing(app.state)
-            yield state
+            async with bounded_connections(app.state.server, settings.limits):
+                yield state
             note_end(app.state, DRAIN)
         for observer in observers:
             observer.close()

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from adaptive_head.options import PolicyName
+from adaptive_head.vllm.limits import Limits
 
 # The key in vLLM's `--additional-config`, a JSON object that reaches every process.
 CONFIG_KEY = "adaptive"
@@ -30,6 +31,7 @@ class AdaptiveSettings(BaseModel):
             request; null for none.
         playground: whether `/playground` shows its page.
         heads_dir: where heads may be loaded from while the server runs; null: they are not.
+        limits: how much one request may ask for.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,6 +43,7 @@ class AdaptiveSettings(BaseModel):
     request_log: str | None = None
     playground: bool = True
     heads_dir: Path | None = None
+    limits: Limits = Limits()
 
     @property
     def resolved_default_head(self) -> str | None:

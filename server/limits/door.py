@@ -1,0 +1,143 @@
+"""ASGI middleware: reads a request, within limits, before a route sees it."""
+
+import asyncio
+from http import HTTPStatus
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adaptive_head.vllm.limits import Limits
+from server.limits.queue import ENGINE_PATHS, Queue
+from server.limits.refusal import Refusal, exceeds, send_refusal
+from server.limits.shape import check_body
+from server.record import find_path
+
+# Those that have no body worth reading pass by.
+BODY_METHODS = frozenset({"DELETE", "PATCH", "POST", "PUT"})
+# With these, a request is refused before its body has been read.
+UNREAD = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+# A larger body is checked in a thread, so that others are served in between.
+MAX_INLINE_BYTES = 1 << 18
+
+
+class Door:
+    """Refuses what exceeds the limits; all else goes on with its body read."""
+
+    def __init__(self, app: ASGIApp, limits: Limits, queue: Queue) -> None:
+        self._app = app
+        self._limits = limits
+        self._queue = queue
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        try:
+            declared_size = self._check_head(scope)
+            if scope["method"] not in BODY_METHODS:
+                return await self._app(scope, receive, send)
+            self._check_size(declared_size)
+            message = await self._read(receive)
+            if find_path(scope) in ENGINE_PATHS:
+                self._queue.check()
+            await self._check_body(message.get("body", b""))
+        except Refusal as refusal:
+            return await self._refuse(refusal, receive, send)
+        await self._app(scope, replay(message, receive), send)
+
+    def _check_head(self, scope: Scope) -> int:
+        """The size that a request says its body has; 0 where it does not.
+
+        Raises:
+            Refusal: its headers, with its address, are too long.
+        """
+        size = len(scope["path"]) + len(scope["query_string"])
+        declared_size = 0
+        for name, value in scope["headers"]:
+            size += len(name) + len(value)
+            if name == b"content-length" and value.isdigit():
+                declared_size = int(value[:20])
+        if size > self._limits.max_header_bytes:
+            raise exceeds(
+                "max_header_bytes",
+                self._limits.max_header_bytes,
+                "headers",
+                "bytes",
+                size,
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+            )
+        return declared_size
+
+    def _check_size(self, size: int, *, is_known: bool = True) -> None:
+        if size > self._limits.max_body_bytes:
+            raise exceeds(
+                "max_body_bytes",
+                self._limits.max_body_bytes,
+                "body",
+                "bytes",
+                size if is_known else None,
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            )
+
+    async def _read(self, receive: Receive) -> Message:
+        """The whole body as one message, or the one that says that the client has left.
+
+        Raises:
+            Refusal: it is too large, or takes too long.
+        """
+        try:
+            async with asyncio.timeout(self._limits.max_read_seconds):
+                message = await receive()
+                if message.get("more_body", False):
+                    message = await self._read_rest(message, receive)
+        except TimeoutError:
+            raise exceeds(
+                "max_read_seconds",
+                self._limits.max_read_seconds,
+                "body",
+                "seconds for a request to arrive",
+                status=HTTPStatus.REQUEST_TIMEOUT,
+            ) from None
+        self._check_size(len(message.get("body", b"")))
+        return message
+
+    async def _check_body(self, body: bytes) -> None:
+        if len(body) > MAX_INLINE_BYTES:
+            await asyncio.to_thread(check_body, body, self._limits)
+        elif body:
+            check_body(body, self._limits)
+
+    async def _read_rest(self, message: Message, receive: Receive) -> Message:
+        parts = bytearray()
+        while message["type"] == "http.request":
+            parts += message.get("body", b"")
+            self._check_size(len(parts), is_known=False)
+            if not message.get("more_body", False):
+                return {"type": "http.request", "body": bytes(parts), "more_body": False}
+            message = await receive()
+        return message
+
+    async def _refuse(self, refusal: Refusal, receive: Receive, send: Send) -> None:
+        """Answer, and let a client that still sends finish, so that it reads the answer.
+
+        A connection that is closed with data unread is reset, and the answer lost.
+        """
+        is_sending = refusal.status in UNREAD
+        await send_refusal(send, refusal, is_last=not is_sending)
+        if not is_sending:
+            return
+        try:
+            async with asyncio.timeout(self._limits.max_read_seconds):
+                while (await receive()).get("more_body", False):
+                    pass
+        except TimeoutError:
+            pass
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def replay(message: Message, receive: Receive) -> Receive:
+    """`receive` of a request of which one message has been read."""
+    pending: list[Message] = [message]
+
+    async def replayed() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replayed

@@ -1,0 +1,42 @@
+"""How long an error message may be.
+
+vLLM removes file paths from its error messages by expressions that backtrack: the time grows with
+the square of the length of a word such as `/a/a/a`, and faster still. Messages quote what clients
+send, and the event loop waits meanwhile.
+"""
+
+import re
+import sys
+
+from vllm.entrypoints.serve.exception_handling import utils
+
+MAX_MESSAGE_LEN = 2000
+# 2000 characters in words of this length take vLLM 8 ms.
+MAX_WORD_LEN = 100
+_LONG_WORD = re.compile(rf"(\S{{{MAX_WORD_LEN}}})\S+")
+_stock_sanitize = utils.sanitize_message
+
+
+def shorten(message: str) -> str:
+    """Cut a message, and the words in it, to lengths that can be read and sanitised."""
+    if len(message) > MAX_MESSAGE_LEN:
+        message = message[:MAX_MESSAGE_LEN] + "…"
+    return _LONG_WORD.sub(r"\1…", message)
+
+
+def sanitize_bounded(message: str) -> str:
+    """vLLM's `sanitize_message`, of a message that has been shortened."""
+    return _stock_sanitize(shorten(message))
+
+
+def bound_messages() -> None:
+    """Let all of vLLM's routes sanitise shortened messages only.
+
+    vLLM offers no place for it: its routes call the function themselves, besides its exception
+    handlers. Modules that are imported later find ours in `utils`.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm.entrypoints") and (
+            vars(module).get("sanitize_message") is _stock_sanitize
+        ):
+            module.sanitize_message = sanitize_bounded  # type: ignore[attr-defined]

@@ -1,0 +1,90 @@
+"""A refusal, in the form of OpenAI's errors."""
+
+import json
+from http import HTTPStatus
+
+from starlette.types import Send
+
+from adaptive_head.vllm.limits import option_name
+
+MAX_PARAM_LEN = 100
+RETRY_AFTER_S = 5
+TYPES = {
+    HTTPStatus.BAD_REQUEST: "BadRequestError",
+    HTTPStatus.REQUEST_TIMEOUT: "RequestTimeoutError",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "RequestTooLargeError",
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "HeadersTooLargeError",
+    HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
+}
+
+
+class Refusal(Exception):
+    """A request exceeds a limit.
+
+    Attributes:
+        param: the field that does, in the body; or "body", "headers".
+    """
+
+    def __init__(self, status: HTTPStatus, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The response's headers, besides its body's type and length."""
+        if self.status == HTTPStatus.SERVICE_UNAVAILABLE:
+            return {"retry-after": str(RETRY_AFTER_S)}
+        # The rest of the request may still be on its way: it is not to pass for the next one.
+        is_read = self.status == HTTPStatus.BAD_REQUEST
+        return {} if is_read else {"connection": "close"}
+
+    def encode(self) -> bytes:
+        """The response's body."""
+        error = {
+            "message": self.message,
+            "type": TYPES[self.status],
+            "param": self.param,
+            "code": self.status.value,
+        }
+        return json.dumps({"error": error}).encode()
+
+
+def exceeds(
+    limit: str,
+    maximum: float,
+    param: str,
+    what: str,
+    found: object = None,
+    status: HTTPStatus = HTTPStatus.BAD_REQUEST,
+) -> Refusal:
+    """The refusal of a request in which `param` has more of something than it may.
+
+    Args:
+        limit: a field of `Limits`.
+        what: of what there is too much, in the plural.
+        found: how many there are, where that is known.
+    """
+    if len(param) > MAX_PARAM_LEN:
+        param = param[:MAX_PARAM_LEN] + "…"
+    got = "" if found is None else f", got {found}"
+    message = f"{param}: at most {maximum} {what}{got} ({option_name(limit)} of the server)"
+    return Refusal(status, message, param)
+
+
+async def send_refusal(send: Send, refusal: Refusal, *, is_last: bool = True) -> None:
+    """Send a refusal.
+
+    Args:
+        is_last: whether nothing follows. Otherwise the caller ends the response.
+    """
+    body = refusal.encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    headers += [(name.encode(), value.encode()) for name, value in refusal.headers.items()]
+    start = {"type": "http.response.start", "status": refusal.status.value, "headers": headers}
+    await send(start)
+    await send({"type": "http.response.body", "body": body, "more_body": not is_last})
