@@ -32,8 +32,11 @@ class BoundedProtocol(HttpToolsProtocol):
         # A connection owes its first request.
         self._arriving_since: float | None = self.loop.time()
         self._num_head_bytes: int | None = 0
+        self._is_refused = False
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
         super().data_received(data)
         if self._num_head_bytes is not None:
             # The head has not ended with this data. One that has is checked in `Door`.
@@ -61,7 +64,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse_head(self) -> None:
-        self._num_head_bytes = None
+        """Answer; what still comes is dropped, until the client has read it or its time is up."""
+        self._is_refused = True
         status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
         refusal = exceeds(
             "max_header_bytes", self.limits.max_header_bytes, "headers", "bytes", status=status
@@ -72,7 +76,8 @@ class BoundedProtocol(HttpToolsProtocol):
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
-        self.transport.close()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
 
 
 @asynccontextmanager

@@ -121,7 +121,7 @@ async def refused(body: object, limits: Limits = SMALL) -> tuple[str, str]:
         ({"n": 10**30}, "n", "--max-choices"),
         ({"messages": [[{"role": "user"}]] * 5, "n": 2}, "prompt", "--max-choices"),
         ({"items": ["a"] * 9}, "prompt", "--max-choices"),
-        ({"questions": dict.fromkeys("abcd", {}), "n": 3}, "prompt", "--max-choices"),
+        ({"questions": {key: {} for key in "abcd"}, "n": 3}, "prompt", "--max-choices"),
         ({"sampling_params": {"n": 9}}, "sampling_params.n", "--max-choices"),
         ({"stop_token_ids": [1] * 5}, "stop_token_ids", "--max-list-items"),
         ({"logit_bias": dict.fromkeys("abcde", 1)}, "logit_bias", "--max-list-items"),
