@@ -2,6 +2,7 @@
 
 import asyncio
 from http import HTTPStatus
+from itertools import chain
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -49,12 +50,9 @@ class Door:
         Raises:
             Refusal: its headers, with its address, are too long.
         """
+        headers = scope["headers"]
         size = len(scope["path"]) + len(scope["query_string"])
-        declared_size = 0
-        for name, value in scope["headers"]:
-            size += len(name) + len(value)
-            if name == b"content-length" and value.isdigit():
-                declared_size = int(value[:20])
+        size += sum(map(len, chain.from_iterable(headers)))
         if size > self._limits.max_header_bytes:
             raise exceeds(
                 "max_header_bytes",
@@ -64,7 +62,10 @@ class Door:
                 size,
                 HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
             )
-        return declared_size
+        for name, value in headers:
+            if name == b"content-length" and value.isdigit():
+                return int(value[:20])
+        return 0
 
     def _check_size(self, size: int, *, is_known: bool = True) -> None:
         if size > self._limits.max_body_bytes:
@@ -83,19 +84,21 @@ class Door:
         Raises:
             Refusal: it is too large, or takes too long.
         """
-        try:
-            async with asyncio.timeout(self._limits.max_read_seconds):
-                message = await receive()
-                if message.get("more_body", False):
+        # Most come at once, and a timer would cost more than all the rest of this. A connection on
+        # which no body begins is closed by `connections`.
+        message = await receive()
+        if message.get("more_body", False):
+            try:
+                async with asyncio.timeout(self._limits.max_read_seconds):
                     message = await self._read_rest(message, receive)
-        except TimeoutError:
-            raise exceeds(
-                "max_read_seconds",
-                self._limits.max_read_seconds,
-                "body",
-                "seconds for a request to arrive",
-                status=HTTPStatus.REQUEST_TIMEOUT,
-            ) from None
+            except TimeoutError:
+                raise exceeds(
+                    "max_read_seconds",
+                    self._limits.max_read_seconds,
+                    "body",
+                    "seconds for a request to arrive",
+                    status=HTTPStatus.REQUEST_TIMEOUT,
+                ) from None
         self._check_size(len(message.get("body", b"")))
         return message
 

@@ -83,12 +83,16 @@ def check_fields(fields: dict[str, Any], limits: Limits, path: str = "", depth: 
     Raises:
         Refusal: a field exceeds a limit.
     """
-    check_keys(fields, limits, path)
+    check_size(fields, limits, path)
+    max_length = limits.max_name_length
     num_prompts = 1
     for key, value in fields.items():
+        if len(key) > max_length:
+            check_name(key, limits, path + key)
         kind = type(value)
         if kind is str:
-            if key in NAMES or key in NAME_LISTS:
+            # The length first: it is what tells most texts from what is refused.
+            if len(value) > max_length and (key in NAMES or key in NAME_LISTS):
                 check_name(value, limits, path + key)
         elif kind is list:
             num_prompts *= check_list(key, value, limits, path + key)
@@ -101,6 +105,9 @@ def check_fields(fields: dict[str, Any], limits: Limits, path: str = "", depth: 
                 check_fields(value, limits, f"{path}{key}.", depth + 1)
             else:
                 check_keys(value, limits, f"{path}{key}.")
+    is_request = depth == 0 or path == "sampling_params."
+    if not is_request or (num_prompts == 1 and "n" not in fields):
+        return
     num_choices = num_prompts * read_count(fields.get("n"))
     if num_choices > limits.max_choices:
         param = f"{path}n" if num_prompts == 1 else f"{path}prompt"
@@ -137,21 +144,24 @@ def check_messages(messages: list[Any], limits: Limits, path: str) -> int:
     """Check a conversation, or several; how many there are."""
     if len(messages) > limits.max_messages:
         raise exceeds("max_messages", limits.max_messages, path, "messages", len(messages))
+    max_length, max_items = limits.max_name_length, limits.max_list_items
     num_conversations = 0
     for index, message in enumerate(messages):
-        if type(message) is dict:
-            check_keys(message, limits, path)
-            for key, value in message.items():
-                kind = type(value)
-                if kind is list and len(value) > limits.max_list_items:
-                    param = f"{path}.{index}.{key}"
-                    raise exceeds(
-                        "max_list_items", limits.max_list_items, param, "items", len(value)
-                    )
-                if kind is str and key in NAMES:
-                    check_name(value, limits, f"{path}.{index}.{key}")
-        elif type(message) is list:
+        if type(message) is list:
             num_conversations += check_messages(message, limits, f"{path}.{index}")
+        if type(message) is not dict:
+            continue
+        check_size(message, limits, path)
+        for key, value in message.items():
+            if len(key) > max_length:
+                check_name(key, limits, f"{path}.{index}.{key}")
+            kind = type(value)
+            if kind is str:
+                if len(value) > max_length and key in NAMES:
+                    check_name(value, limits, f"{path}.{index}.{key}")
+            elif kind is list and len(value) > max_items:
+                param = f"{path}.{index}.{key}"
+                raise exceeds("max_list_items", max_items, param, "items", len(value))
     return num_conversations or 1
 
 
@@ -162,12 +172,16 @@ def check_name(name: str, limits: Limits, path: str) -> None:
 
 def check_keys(fields: Collection[str], limits: Limits, path: str) -> None:
     """Check the names of an object's fields, and how many there are."""
-    if len(fields) > limits.max_list_items:
-        param = path.rstrip(".") or "body"
-        raise exceeds("max_list_items", limits.max_list_items, param, "fields", len(fields))
+    check_size(fields, limits, path)
     for key in fields:
         if len(key) > limits.max_name_length:
             check_name(key, limits, path + key)
+
+
+def check_size(fields: Collection[str], limits: Limits, path: str) -> None:
+    if len(fields) > limits.max_list_items:
+        param = path.rstrip(".") or "body"
+        raise exceeds("max_list_items", limits.max_list_items, param, "fields", len(fields))
 
 
 def check_grammar(grammar: Any, limits: Limits, path: str) -> None:

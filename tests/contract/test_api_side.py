@@ -516,6 +516,7 @@ def test_the_command_line_has_the_options_that_adaptive_serve_sets():
     assert not defaults["additional_config"]
     assert {"enforce_eager", "dtype", "kv_cache_memory_bytes", "host", "port"} <= defaults.keys()
     assert "sse_keep_alive_interval" in defaults
+    assert defaults["max_num_queued_reqs"] is None and defaults["data_parallel_size"] == 1
     assert defaults["shutdown_timeout"] == 0 and defaults["otlp_traces_endpoint"] is None
     # What `adaptive-serve` looks at to refuse it before the engine starts.
     refused = {"return_sampling_mask", "runner", "enable_batch_sharded_sampling"}

@@ -211,8 +211,15 @@ def test_a_body_that_does_not_end_is_given_up(limited):
     assert f"at most {MAX_READ_S}.0 seconds" in error["message"]
 
 
-@pytest.mark.parametrize("sent", [b"", b"POST /v1/comp", HEAD], ids=["none", "line", "headers"])
-def test_a_connection_without_a_whole_head_is_closed(limited, sent):
+NOT_BEGUN = HEAD + b"content-length: 9\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"POST /v1/comp", HEAD, NOT_BEGUN],
+    ids=["nothing", "line", "headers", "no body"],
+)
+def test_a_connection_on_which_nothing_more_comes_is_closed(limited, sent):
     with connect(limited) as connection:
         connection.sendall(sent)
         assert connection.recv(1000) == b""

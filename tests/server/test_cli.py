@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import vllm
+import yaml
 from vllm.platforms import current_platform
 
 from adaptive_head import AdaptiveHead, HeadConfig, load_head, save_head
@@ -17,11 +19,14 @@ from adaptive_head.embedded_model import prepare
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.heads import SHIPPED_HEADS
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
+from adaptive_head.vllm.limits import DEFAULT_MAX_QUEUED, Limits
 from adaptive_head.vllm.settings import read_settings
 from server import cli, shutdown
 from tests.engine.tiny_model import HIDDEN_SIZE, make_tiny_model
 from tests.processors import PROCESSORS, WITHOUT_BFLOAT16, run_on
 from tests.programs import HANG_S
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +218,28 @@ def test_the_request_log_is_tried_before_anything_starts(serve, refusal, model, 
 def test_answers_may_end_when_the_server_stops_unless_the_user_is_in_a_hurry(serve, model):
     assert serve(model).shutdown_timeout == cli.SHUTDOWN_TIMEOUT_S
     assert serve(model, "--shutdown-timeout", 0).shutdown_timeout == 0
+
+
+def test_limits_are_options_and_what_is_no_limit_is_refused(serve, refusal, model):
+    assert settings_of(serve(model)).limits == Limits()
+    args = serve(model, "--max-body-bytes", 5, "--max-grammar-seconds", 0.5)
+    limits = settings_of(args).limits
+    assert (limits.max_body_bytes, limits.max_grammar_seconds) == (5, 0.5)
+    for value in (0, -1):
+        sentence = refusal(model, "--max-choices", value)
+        assert f"--max-choices {value}: must be a positive number" in sentence
+    for value in ("nan", "inf"):
+        assert "--max-read-seconds" in refusal(model, "--max-read-seconds", value)
+
+
+def test_the_queue_is_bounded_above_what_autoscaler_and_alerts_look_at(serve, model):
+    assert serve(model).max_num_queued_reqs == DEFAULT_MAX_QUEUED
+    assert serve(model, "--max-num-queued-reqs", 7).max_num_queued_reqs == 7
+    values = yaml.safe_load((ROOT / "deploy/kubernetes/values.yaml").read_text())
+    assert values["autoscaling"]["requestsPerReplica"] < DEFAULT_MAX_QUEUED
+    rules = (ROOT / "deploy/prometheus/rules/alerts.yml").read_text()
+    (waiting,) = re.findall(r"vllm:num_requests_waiting.* > (\d+)", rules)
+    assert int(waiting) < DEFAULT_MAX_QUEUED
 
 
 def test_a_dead_engine_is_exit_code_1(served, model, monkeypatch, capsys):

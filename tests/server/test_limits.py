@@ -151,6 +151,7 @@ async def test_a_field_that_exceeds_a_limit_is_named_with_it(body, param, option
         {"messages": [{"role": "user", "content": "z" * 3000}] * 1},
         {"n": None, "model": 5, "stop": {}, "messages": 1},
         {"n": "many", "prompt": []},
+        {"tools": [{"n": 9, "prompt": "a"}]},
         {"prompt": float("nan")},
     ],
 )
