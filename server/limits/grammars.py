@@ -2,13 +2,15 @@
 
 vLLM compiles a regular expression, a schema or a grammar to see whether it is valid, on the event
 loop, for up to five seconds (a regular expression) or without a limit (a schema). Its own check is
-called here in a thread; the compilers release the interpreter's lock. Nothing ends a thread, so
-one whose grammar took too long keeps its slot until it is done.
+called here in a thread; the compilers release the interpreter's lock. Nothing ends a thread: one
+whose grammar took too long gets the processor's idle time only, and there is a limit to how many.
 """
 
 import asyncio
+import os
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -17,7 +19,10 @@ from vllm.sampling_params import SamplingParams
 
 from adaptive_head.vllm.limits import Limits, option_name
 
+# How many are checked at once, and how many that took too long may still be at it.
 NUM_SLOTS = 4
+MAX_LATE = 32
+_LOWEST_PRIORITY = 19
 _OPTION = option_name("max_grammar_seconds")
 
 
@@ -38,6 +43,7 @@ class GrammarGate:
         self._check = check
         self._max_seconds = limits.max_grammar_seconds
         self._slots = asyncio.Semaphore(NUM_SLOTS)
+        self._num_late = 0
 
     def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
@@ -57,36 +63,57 @@ class GrammarGate:
     ) -> Any:
         # The prompts of a request share their parameters, and vLLM's check changes them.
         params = params.clone()
+        await self._check_in_time(params)
+        return await self._add_request(request_id, prompt, params, *args, **kwargs)
+
+    async def _check_in_time(self, params: SamplingParams) -> None:
         try:
             async with asyncio.timeout(self._max_seconds):
                 await self._slots.acquire()
         except TimeoutError:
-            raise GracefulHTTPError(
-                f"{NUM_SLOTS} other structured outputs are being checked; try again later",
-                HTTPStatus.SERVICE_UNAVAILABLE,
-            ) from None
-        checked = run_in_thread(self._check, params)
-        checked.add_done_callback(self._release)
-        done, _ = await asyncio.wait([checked], timeout=self._max_seconds)
-        if not done:
-            raise VLLMValidationError(
-                f"structured_outputs: checking it takes longer than {self._max_seconds:g} seconds "
-                f"({_OPTION} of the server)",
-                parameter="structured_outputs",
-            )
+            raise refuse_busy(NUM_SLOTS) from None
+        try:
+            if self._num_late >= MAX_LATE:
+                raise refuse_busy(MAX_LATE)
+            thread, checked = run_in_thread(self._check, params)
+            done, _ = await asyncio.wait([checked], timeout=self._max_seconds)
+            if not done:
+                self._leave(thread, checked)
+                raise VLLMValidationError(
+                    f"structured_outputs: checking it takes longer than {self._max_seconds:g} "
+                    f"seconds ({_OPTION} of the server)",
+                    parameter="structured_outputs",
+                )
+        finally:
+            self._slots.release()
         checked.result()
-        return await self._add_request(request_id, prompt, params, *args, **kwargs)
 
-    def _release(self, checked: asyncio.Future[None]) -> None:
-        self._slots.release()
-        if not checked.cancelled():
-            # Where nobody waits any more, its error would be logged as one that was never seen.
+    def _leave(self, thread: threading.Thread, checked: asyncio.Future[None]) -> None:
+        """Let a check that took too long go on, out of the way of everything else."""
+
+        def note_end(_: asyncio.Future[None]) -> None:
+            self._num_late -= 1
+            # Nobody waits for its error, which would be logged as one that was never seen.
             checked.exception()
+
+        self._num_late += 1
+        checked.add_done_callback(note_end)
+        with suppress(OSError):
+            # Linux has priorities for threads.
+            os.setpriority(os.PRIO_PROCESS, thread.native_id or 0, _LOWEST_PRIORITY)
+
+
+def refuse_busy(num_checks: int) -> GracefulHTTPError:
+    """The refusal of a grammar while others keep the server busy."""
+    return GracefulHTTPError(
+        f"{num_checks} other structured outputs are being checked; try again later",
+        HTTPStatus.SERVICE_UNAVAILABLE,
+    )
 
 
 def run_in_thread(
     function: Callable[[SamplingParams], None], params: SamplingParams
-) -> asyncio.Future[None]:
+) -> tuple[threading.Thread, asyncio.Future[None]]:
     """Call a function in a thread of its own, which does not keep the process from ending."""
     loop = asyncio.get_running_loop()
     result: asyncio.Future[None] = loop.create_future()
@@ -106,8 +133,9 @@ def run_in_thread(
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, error)
 
-    threading.Thread(target=run, name="grammar", daemon=True).start()
-    return result
+    thread = threading.Thread(target=run, name="grammar", daemon=True)
+    thread.start()
+    return thread, result
 
 
 def check_grammars_in_threads(engine_client: Any, limits: Limits) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
-from vllm.exceptions import GracefulHTTPError
+from vllm.exceptions import GracefulHTTPError, MaxQueuedTokensError, QueueOverflowError
 
 from server.limits.refusal import Refusal
 
@@ -27,6 +27,10 @@ ENGINE_PATHS = frozenset(
         "/v1/systemone",
     }
 )
+OPTIONS = {
+    QueueOverflowError: "--max-num-queued-reqs",
+    MaxQueuedTokensError: "--max-num-queued-tokens",
+}
 
 
 class Queue:
@@ -54,13 +58,14 @@ class Queue:
 
 
 def explain(error: GracefulHTTPError) -> Refusal:
-    """The refusal for what vLLM raises where its queue is full."""
-    message = f"{error} (--max-num-queued-reqs, --max-num-queued-tokens of the server)"
+    """The refusal for what is raised where the server is too busy."""
+    option = OPTIONS.get(type(error))
+    message = f"{error} ({option} of the server)" if option else str(error)
     return Refusal(HTTPStatus(error.http_status), message)
 
 
 async def refuse_full(_: Request, error: Exception) -> Response:
-    """Exception handler: the answer to a request with more prompts than the queue has room for."""
+    """Exception handler: the answer where a route finds the server too busy, such as for its n."""
     assert isinstance(error, GracefulHTTPError)
     refusal = explain(error)
     return Response(

@@ -41,7 +41,9 @@ NAME_LISTS = frozenset({"bad_words", "include", "stop", "stop_sequences"})
 PROMPTS = frozenset({"prompt", "prompts", "items", "prompt_embeds", "questions"})
 MESSAGES = frozenset({"messages", "input"})
 TOKEN_IDS = frozenset({"prompt_token_ids", "query", "token_ids", "tokens"})
-GRAMMARS = frozenset({"response_format", "structural_tag", "structured_outputs", "text"})
+GRAMMARS = frozenset(
+    {"output_config", "response_format", "structural_tag", "structured_outputs", "text"}
+)
 # Objects that hold fields of the same kind as the body itself.
 NESTED = frozenset(
     {"function", "json_schema", "response_format", "sampling_params", "text", "tool_choice"}

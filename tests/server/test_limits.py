@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import threading
+from contextlib import suppress
 from http import HTTPStatus
 from types import SimpleNamespace
 
@@ -287,11 +289,13 @@ def test_all_of_vllms_routes_have_the_bounded_sanitizer():
 def gate(monkeypatch):
     """A gate to an engine that only notes what it is handed, with a check that can be held up."""
     monkeypatch.setattr(grammars, "NUM_SLOTS", 1)
+    monkeypatch.setattr(grammars, "MAX_LATE", 2)
     may_end = threading.Event()
-    added = []
+    added, slow = [], []
 
     def check(params):
         if params.structured_outputs.regex == "slow":
+            slow.append(threading.current_thread())
             may_end.wait(HANG_S)
         if params.structured_outputs.regex == "wrong":
             raise VLLMValidationError("wrong")
@@ -302,7 +306,9 @@ def gate(monkeypatch):
         return request_id
 
     made = GrammarGate(add_request, check, Limits(max_grammar_seconds=0.2))
-    yield SimpleNamespace(add=made.add_request, added=added, may_end=may_end)
+    yield SimpleNamespace(
+        add=made.add_request, added=added, slow=slow, may_end=may_end, slots=made._slots
+    )
     may_end.set()
 
 
@@ -319,10 +325,20 @@ async def test_a_grammar_is_checked_and_goes_on(gate):
     assert await gate.add("r", "p", ask_for("good")) == "r"
 
 
-async def test_a_slow_grammar_is_refused_and_holds_up_nothing_but_its_slot(gate):
+async def test_a_slow_grammar_is_refused_and_holds_up_no_other(gate):
     with pytest.raises(VLLMValidationError, match="--max-grammar-seconds") as caught:
         await gate.add("r", "p", ask_for("slow"))
     assert caught.value.parameter == "structured_outputs"
+    assert await gate.add("r", "p", ask_for("good")) == "r"
+    (thread,) = gate.slow
+    assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == 19
+    assert os.getpriority(os.PRIO_PROCESS, 0) < 19
+
+
+async def test_grammars_are_refused_while_too_many_slow_ones_go_on(gate, monkeypatch):
+    monkeypatch.setattr(grammars, "MAX_LATE", 1)
+    with pytest.raises(VLLMValidationError):
+        await gate.add("r", "p", ask_for("slow"))
     with pytest.raises(GracefulHTTPError, match="being checked") as busy:
         await gate.add("r", "p", ask_for("good"))
     assert busy.value.http_status == HTTPStatus.SERVICE_UNAVAILABLE
@@ -331,10 +347,15 @@ async def test_a_slow_grammar_is_refused_and_holds_up_nothing_but_its_slot(gate)
     async with asyncio.timeout(HANG_S):
         while len(gate.added) == 1:
             await asyncio.sleep(0.01)
-            try:
+            with suppress(GracefulHTTPError):
                 await gate.add("r", "p", ask_for("good"))
-            except GracefulHTTPError:
-                continue
+
+
+async def test_more_grammars_than_are_checked_at_once_wait_and_then_come_again(gate):
+    async with gate.slots:
+        with pytest.raises(GracefulHTTPError, match="being checked"):
+            await gate.add("r", "p", ask_for("good"))
+    assert await gate.add("r", "p", ask_for("good")) == "r"
 
 
 async def test_vllms_check_runs_in_the_thread_and_nowhere_else():
