@@ -108,6 +108,9 @@ class MockCore(EngineCoreClient):
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         params = request.sampling_params
         assert params is not None and params.max_tokens is not None
+        # As the client of a real engine does: what cannot be encoded, such as a lone surrogate,
+        # fails here and not on its way back, where it would end the engine.
+        self._encoder.encode(request)
         rng = random.Random(params.seed)
         num_tokens = params.max_tokens
         if not params.ignore_eos:

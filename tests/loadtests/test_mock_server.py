@@ -87,6 +87,13 @@ def test_more_requests_than_fit_wait_and_all_are_answered(mock):
     assert [answer["usage"]["completion_tokens"] for answer in answers] == [600] * 8
 
 
+@pytest.mark.parametrize("field", ["request_id", "stop"])
+def test_a_lone_surrogate_does_not_end_the_engine(mock, field):
+    body = {"model": EMBEDDED_NAME, "prompt": "Hi", "max_tokens": 2, field: "\ud800"}
+    assert not mock.post("/v1/completions", body).is_success
+    assert complete(mock)["usage"]["completion_tokens"] == 12
+
+
 def test_a_client_that_leaves_ends_its_request(mock):
     body = {"model": EMBEDDED_NAME, "prompt": "Hi", "max_tokens": 4000, "ignore_eos": True}
     before = mock.sum_metric(NUM_TOKENS)
