@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import State
+from starlette.middleware import Middleware
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GracefulHTTPError
 from vllm.logger import init_logger
@@ -71,8 +72,9 @@ class AdaptiveEndpoints:
         app.exception_handler(GracefulHTTPError)(refuse_full)
         app.state.queue = Queue()
         observers = make_observers(args, settings)
-        # The innermost, so that a refusal is recorded.
-        app.add_middleware(Door, limits=settings.limits, queue=app.state.queue)
+        # The innermost, so that refusals are recorded and counted as answers of their routes.
+        door = Middleware(Door, limits=settings.limits, queue=app.state.queue)
+        app.user_middleware.append(door)
         app.add_middleware(Gate, drain=DRAIN)
         if observers:
             app.add_middleware(Recorder, paths=RECORDED_PATHS, observers=observers)

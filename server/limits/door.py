@@ -8,14 +8,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adaptive_head.vllm.limits import Limits
 from server.limits.queue import ENGINE_PATHS, Queue
-from server.limits.refusal import Refusal, exceeds, send_refusal
+from server.limits.refusal import UNREAD, Refusal, exceeds, send_refusal
 from server.limits.shape import check_body
 from server.record import find_path
 
 # Those that have no body worth reading pass by.
 BODY_METHODS = frozenset({"DELETE", "PATCH", "POST", "PUT"})
-# With these, a request is refused before its body has been read.
-UNREAD = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
 # A larger body is checked in a thread, so that others are served in between.
 MAX_INLINE_BYTES = 1 << 18
 
@@ -123,7 +121,8 @@ class Door:
 
         A connection that is closed with data unread is reset, and the answer lost.
         """
-        is_sending = refusal.status in UNREAD
+        # One whose time is up has had its chance.
+        is_sending = refusal.status in UNREAD and refusal.status != HTTPStatus.REQUEST_TIMEOUT
         await send_refusal(send, refusal, is_last=not is_sending)
         if not is_sending:
             return

@@ -16,6 +16,12 @@ TYPES = {
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "HeadersTooLargeError",
     HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
 }
+# With these, a request is refused before all of it has been read.
+UNREAD = (
+    HTTPStatus.REQUEST_TIMEOUT,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+)
 
 
 class Refusal(Exception):
@@ -36,15 +42,14 @@ class Refusal(Exception):
         """The response's headers, besides its body's type and length."""
         if self.status == HTTPStatus.SERVICE_UNAVAILABLE:
             return {"retry-after": str(RETRY_AFTER_S)}
-        # The rest of the request may still be on its way: it is not to pass for the next one.
-        is_read = self.status == HTTPStatus.BAD_REQUEST
-        return {} if is_read else {"connection": "close"}
+        # What still comes of the request must not pass for the next one.
+        return {"connection": "close"} if self.status in UNREAD else {}
 
     def encode(self) -> bytes:
         """The response's body."""
         error = {
             "message": self.message,
-            "type": TYPES[self.status],
+            "type": TYPES.get(self.status, self.status.phrase),
             "param": self.param,
             "code": self.status.value,
         }

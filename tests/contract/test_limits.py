@@ -53,7 +53,7 @@ def test_a_full_queue_is_refused_before_an_answer_begins():
     assert issubclass(GracefulHTTPError, VLLMError)
     assert QueueOverflowError().http_status == 503
     # What `add_request` raises so reaches the route as it is.
-    assert_in_order(AsyncLLM.generate, "except (VLLMClientError, GracefulHTTPError)", "raise")
+    assert_in_order(AsyncLLM.generate, "except (VLLMClientError, GracefulHTTPError", "raise")
 
 
 def test_every_request_goes_through_add_request():

@@ -138,8 +138,11 @@ def test_addresses_are_quoted_no_further(limited):
 
 def test_many_answers_to_one_request_are_refused(limited):
     body = {"model": EMBEDDED_NAME, "prompt": ["a"] * 1000, "n": 1000, "max_tokens": 1}
+    labels = {"handler": "/v1/completions", "status": "4xx"}
+    before = limited.sum_metric("http_requests_total", **labels)
     response = answers_meanwhile(limited, lambda: limited.post("/v1/completions", body))
     assert response.status_code == 400
+    assert limited.sum_metric("http_requests_total", **labels) == before + 1
     assert response.json()["error"]["param"] == "prompt"
     assert "at most 256 prompts × n, got 1000000" in response.json()["error"]["message"]
 

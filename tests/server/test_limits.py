@@ -258,6 +258,13 @@ async def test_a_request_that_does_not_fit_the_queue_is_told_when_to_come_again(
     assert json.loads(response.body)["error"]["code"] == 503
 
 
+async def test_other_errors_with_a_status_of_their_own_keep_it():
+    response = await refuse_full(None, GracefulHTTPError("it runs already", HTTPStatus.CONFLICT))
+    assert response.status_code == 409
+    error = json.loads(response.body)["error"]
+    assert (error["message"], error["type"]) == ("it runs already", "Conflict")
+
+
 # Each takes the stock function seconds: `/a` repeated, as paths, in many words.
 ATTACKS = ["/a" * 30_000, "/a-" * 30_000, ("/a" * 50 + " ") * 600, "/home/a" * 9000, "\n" * 60_000]
 
