@@ -93,7 +93,7 @@ def check_fields(fields: dict[str, Any], limits: Limits, path: str = "", depth: 
             check_name(key, limits, path + key)
         kind = type(value)
         if kind is str:
-            # The length first: it is what tells most texts from what is refused.
+            # Length first: most values are short, which spares them the look-up.
             if len(value) > max_length and (key in NAMES or key in NAME_LISTS):
                 check_name(value, limits, path + key)
         elif kind is list:
