@@ -32,8 +32,8 @@ def sanitize_bounded(message: str) -> str:
 def bound_messages() -> None:
     """Let all of vLLM's routes sanitise shortened messages only.
 
-    vLLM offers no place for it: its routes call the function themselves, besides its exception
-    handlers. Modules that are imported later find ours in `utils`.
+    vLLM offers no place for it: its exception handlers call the function, and so do its routes.
+    Modules that are imported later find ours in `utils`.
     """
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm.entrypoints") and (

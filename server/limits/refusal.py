@@ -39,7 +39,7 @@ class Refusal(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """The response's headers, besides its body's type and length."""
+        """The response's headers, except for its body's type and length."""
         if self.status == HTTPStatus.SERVICE_UNAVAILABLE:
             return {"retry-after": str(RETRY_AFTER_S)}
         # What still comes of the request must not pass for the next one.

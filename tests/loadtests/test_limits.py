@@ -1,6 +1,6 @@
 """One request, or one connection, does not stop the server: it answers others meanwhile.
 
-The front end is the real one; the limits are the defaults but for those that would take long.
+The front end is the real one; the limits are the defaults, except for those that would take long.
 """
 
 import json
