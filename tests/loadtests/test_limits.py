@@ -23,7 +23,8 @@ from tests.server.conftest import Server, running
 # A hang; a server that is well answers within milliseconds.
 HEALTH_S = 5
 MAX_READ_S = 2
-MAX_QUEUED = 8
+# Room for the feature probes of two heads, eight prompts each.
+MAX_QUEUED = 16
 OPTIONS = (
     "--ttft=0.01",
     "--itl=0.005",
