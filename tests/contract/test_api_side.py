@@ -276,9 +276,7 @@ def test_vllms_generate_reads_the_queue_that_add_request_returns():
     )
     assert_in_order(RequestOutputCollector.put, "isinstance(output, Exception)", "self.output = ")
     for method in ("get", "get_nowait"):
-        body = source(getattr(RequestOutputCollector, method))
-        assert "output = self.output" in body or "output := self.output" in body
-        assert "raise output" in body
+        assert_in_order(getattr(RequestOutputCollector, method), "=self.output", "raise output")
     queue = "queue = RequestOutputCollector(params.output_kind, request.request_id)"
     assert_in_order(AsyncLLM.add_request, queue, "return queue")
     assert not hasattr(RequestOutputCollector, "__slots__")
