@@ -1,10 +1,8 @@
 """CUDA graphs, with a fake in the place of CUDA's: what is captured, replayed and padded."""
 
 import copy
-import gc
 import math
 from contextlib import suppress
-from typing import ClassVar
 
 import pytest
 import torch
@@ -35,6 +33,7 @@ class FakeDevice:
             the next capture into it fails an assertion.
         recording: pools that allocations go to. Only the end of a capture that CUDA accepts removes
             one: `cudaStreamEndCapture` is checked first.
+        capturing: the graph that is being captured.
         workspace: of cuBLAS, of the one stream that captures here. Destroying a graph frees it.
     """
 
@@ -42,6 +41,7 @@ class FakeDevice:
         self.log: list[str] = []
         self.pools: dict[str, int] = {}
         self.recording: set[str] = set()
+        self.capturing: DeviceGraph | None = None
         self.workspace = object()
         self.num_handles = 0
 
@@ -77,9 +77,11 @@ class FakeGraph:
 class DeviceGraph(FakeGraph):
     """A graph on a `FakeDevice`, with what CUDA and PyTorch make of failures and ends."""
 
-    device: ClassVar[FakeDevice]
+    device: FakeDevice
 
     def __init__(self) -> None:
+        # Its own: it may be collected when the test's device is gone.
+        self.device = type(self).device
         self.is_broken = self.is_whole = False
 
     def capture_begin(self, pool, capture_error_mode):
@@ -89,11 +91,13 @@ class DeviceGraph(FakeGraph):
             raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
         self.device.pools[pool] = self.device.pools.get(pool, 0) + 1
         self.device.recording.add(pool)
+        self.device.capturing = self
         self.workspace = self.device.workspace
         super().capture_begin(pool, capture_error_mode)
 
     def capture_end(self):
         super().capture_end()
+        self.device.capturing = None
         if self.is_broken:
             raise RuntimeError("operation failed due to a previous error during capture")
         self.device.recording.remove(self.pool)
@@ -263,8 +267,7 @@ class BreakingHead(FailingHead):
     """Does what CUDA forbids in a capture, which cannot be ended without another error."""
 
     def fail(self) -> None:
-        graph = next(g for g in gc.get_objects() if type(g) is DeviceGraph and not g.is_whole)
-        graph.is_broken = True
+        DeviceGraph.device.capturing.is_broken = True
         raise MemoryError("no memory for the head")
 
 
