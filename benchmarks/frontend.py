@@ -64,9 +64,10 @@ class Block:
 
 def main(
     num_starts: Annotated[int, typer.Option(help="Starts of the two servers.", min=1)] = 8,
-    num_pairs: Annotated[int, typer.Option(help="Pairs of blocks a start.", min=1)] = 4,
+    num_pairs: Annotated[int, typer.Option(help="Pairs of blocks a start.", min=1)] = 16,
     concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 32,
-    num_requests: Annotated[int, typer.Option(help="Of a block.")] = 256,
+    # Short blocks: processors of shared machines change their speed within seconds.
+    num_requests: Annotated[int, typer.Option(help="Of a block.")] = 64,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
     stream: Annotated[bool, typer.Option(help="Stream the answers.")] = False,
     engine: Annotated[Engine, typer.Option(help="None, or a model of two layers.")] = "mock",

@@ -149,7 +149,7 @@ def test_refusals_and_ordinary_requests_are_logged_and_traced(site):
 
     assert post("ordinary", temperature=0.7).is_success
     assert post("wrong", adaptive={"level": "word"}).status_code == 400
-    assert post("unknown", model="m" * 1_000_000).status_code == 404
+    assert post("unknown", model="m" * 250).status_code == 404
     ordinary, wrong, unknown = (wait_for_line(site, n) for n in ("ordinary", "wrong", "unknown"))
     assert "adaptive" not in ordinary and ordinary["completion_tokens"] == 8
     assert wrong["error"] == {"type": "BadRequestError", "param": "adaptive.level"}
@@ -183,8 +183,7 @@ def test_a_client_that_leaves_ends_its_request_and_what_it_cost_is_counted(site,
     rise = server.sum_metric(COUNT) - before[0]
     assert rise == line["completion_tokens"]
     # Between what the client has received, which is nothing of a whole answer, and what was made.
-    assert rise > 0 if stream else rise == 0
-    assert rise <= server.sum_metric("vllm:generation_tokens_total") - before[1] < 1500
+    assert 0 < rise <= server.sum_metric("vllm:generation_tokens_total") - before[1] < 1500
 
 
 def test_requests_of_one_name_are_aborted_one_at_a_time(site):

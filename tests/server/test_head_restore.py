@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from adaptive_head.library import LOADED_FILE
+from server.limits.queue import Queue
 from server.plugin import AdaptiveEndpoints
 from tests.server import test_head_control as control
 from tests.server.test_head_control import AT_START, assert_refused, choose, settle, wait_until
@@ -23,6 +24,7 @@ folder, save, setup = control.folder, control.save, control.setup
 def logged(caplog, monkeypatch):
     # vLLM's loggers do not propagate, which keeps them from caplog.
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="vllm")
     return caplog
 
 
@@ -172,7 +174,7 @@ async def test_a_server_restores_heads_before_it_answers(setup, save, folder, mo
     config.additional_config = {"adaptive": settings}
     server.engines.renderer = None
     monkeypatch.setenv("ADAPTIVE_ADMIN_KEY", control.KEY)
-    for name in ("require_engine_side", "refuse_unsupported"):
+    for name in ("require_engine_side", "refuse_unsupported", "check_grammars_in_threads"):
         monkeypatch.setattr(f"server.plugin.{name}", lambda *_: None)
     monkeypatch.setattr("server.plugin.HANDLERS", {})
     make = control.AdaptiveMetrics
@@ -180,7 +182,8 @@ async def test_a_server_restores_heads_before_it_answers(setup, save, folder, mo
         "server.plugin.AdaptiveMetrics", lambda *args: make(*args, CollectorRegistry())
     )
     paths = [SimpleNamespace(name="smol")]
-    state = SimpleNamespace(openai_serving_models=SimpleNamespace(base_model_paths=paths))
+    models = SimpleNamespace(base_model_paths=paths)
+    state = SimpleNamespace(openai_serving_models=models, queue=Queue())
     await AdaptiveEndpoints().init_state(server.engines, state, None)
     assert [head.name for head in state.adaptive.heads] == ["a", "c"]
 
