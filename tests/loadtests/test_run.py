@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import httpx
@@ -155,31 +155,45 @@ def test_workers_are_refused():
 
 
 @contextmanager
-def serving(command: list[str], port: int, **environment: str) -> Iterator[httpx.Client]:
+def serving(make_command: Callable[[int], list[str]], **environment: str) -> Iterator[httpx.Client]:
     """A browser at locust's page."""
-    page = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | environment)
-    try:
+    for _ in range(3):
+        # Another process may take the port before locust does, which then ends.
+        port = find_free_port()
+        command = make_command(port)
+        page = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | environment)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}") as browser:
-            wait_until(lambda: browser.get("/").is_success)
-            yield browser
-    finally:
-        page.terminate()
-        page.wait(HANG_S)
+            try:
+                wait_until(lambda page=page: page.poll() is not None or is_open(browser))
+                if page.poll() is None:
+                    yield browser
+                    return
+            finally:
+                page.terminate()
+                page.wait(HANG_S)
+    raise AssertionError(f"{command} ended with {page.returncode}")
+
+
+def is_open(browser: httpx.Client) -> bool:
+    return browser.get("/").is_success
 
 
 def test_the_command_serves_locusts_page(mock):
-    port = find_free_port()
-    command = [*LOADTESTS, *split(WEB), "--url", mock.url, "--web-port", str(port)]
-    with serving(command, port) as browser:
+    def make_command(port: int) -> list[str]:
+        return [*LOADTESTS, *split(WEB), "--url", mock.url, "--web-port", str(port)]
+
+    with serving(make_command) as browser:
         assert read_state(browser) == "ready"
 
 
 def test_locust_alone_runs_what_the_environment_names(mock):
-    port = find_free_port()
     scenario, locust, *options = shlex.split(LOCUST.replace("http://127.0.0.1:8000", mock.url))
-    command = [str(BIN / locust), *options, f"--web-port={port}", "--web-host=127.0.0.1"]
+
+    def make_command(port: int) -> list[str]:
+        return [str(BIN / locust), *options, f"--web-port={port}", "--web-host=127.0.0.1"]
+
     environment = dict([scenario.split("=")], LOADTEST_DURATION="3")
-    with serving(command, port, **environment) as browser:
+    with serving(make_command, **environment) as browser:
         assert browser.post("/swarm", data={"host": mock.url}).json()["success"]
         wait_until(lambda: read_state(browser) == "running")
         wait_until(lambda: read_state(browser) == "stopped")
