@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx
 import pytest
@@ -158,24 +158,31 @@ def test_workers_are_refused():
 def serving(make_command: Callable[[int], list[str]], **environment: str) -> Iterator[httpx.Client]:
     """A browser at locust's page."""
     for _ in range(3):
-        # Another process may take the port before locust does, which then ends.
+        # Another process may take the port before locust does.
         port = find_free_port()
-        command = make_command(port)
-        page = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | environment)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as browser:
-            try:
-                wait_until(lambda page=page: page.poll() is not None or is_open(browser))
-                if page.poll() is None:
+        page = subprocess.Popen(
+            make_command(port), stderr=subprocess.DEVNULL, env=os.environ | environment
+        )
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}") as browser:
+                if opens(page, browser):
                     yield browser
                     return
-            finally:
-                page.terminate()
-                page.wait(HANG_S)
-    raise AssertionError(f"{command} ended with {page.returncode}")
+        finally:
+            page.terminate()
+            page.wait(HANG_S)
+    raise AssertionError("locust does not serve its page")
 
 
-def is_open(browser: httpx.Client) -> bool:
-    return browser.get("/").is_success
+def opens(page: subprocess.Popen, browser: httpx.Client) -> bool:
+    """Wait for a page; whether it came before its process ended or hung."""
+    deadline = time.monotonic() + HANG_S / 3
+    while page.poll() is None and time.monotonic() < deadline:
+        with suppress(httpx.TransportError):
+            if browser.get("/").is_success:
+                return True
+        time.sleep(0.1)
+    return False
 
 
 def test_the_command_serves_locusts_page(mock):
