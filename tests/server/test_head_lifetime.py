@@ -67,7 +67,9 @@ class Server:
             "openai_serving_models": SimpleNamespace(lora_requests={}),
             "openai_serving_chat": chat,
             "openai_serving_responses": self.responses,
-            "engine_client": SimpleNamespace(errored=False, is_running=True),
+            "engine_client": SimpleNamespace(
+                errored=False, is_running=True, should_keep_api_server_alive=False
+            ),
             "args": SimpleNamespace(log_error_stack=False, sse_keep_alive_interval=0),
             # Which vLLM ends where the engine is dead.
             "server": SimpleNamespace(should_exit=False),
