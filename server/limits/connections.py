@@ -67,9 +67,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answer; what still comes is dropped, until the client has read it or its time is up."""
         self._is_refused = True
         status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-        refusal = exceeds(
-            "max_header_bytes", self.limits.max_header_bytes, "headers", "bytes", status=status
-        )
+        refusal = exceeds(self.limits, "max_header_bytes", "headers", "bytes", status=status)
         body = refusal.encode()
         head = (
             f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"

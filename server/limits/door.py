@@ -53,8 +53,8 @@ class Door:
         size += sum(map(len, chain.from_iterable(headers)))
         if size > self._limits.max_header_bytes:
             raise exceeds(
+                self._limits,
                 "max_header_bytes",
-                self._limits.max_header_bytes,
                 "headers",
                 "bytes",
                 size,
@@ -68,8 +68,8 @@ class Door:
     def _check_size(self, size: int, *, is_known: bool = True) -> None:
         if size > self._limits.max_body_bytes:
             raise exceeds(
+                self._limits,
                 "max_body_bytes",
-                self._limits.max_body_bytes,
                 "body",
                 "bytes",
                 size if is_known else None,
@@ -91,8 +91,8 @@ class Door:
                     message = await self._read_rest(message, receive)
             except TimeoutError:
                 raise exceeds(
+                    self._limits,
                     "max_read_seconds",
-                    self._limits.max_read_seconds,
                     "body",
                     "seconds for a request to arrive",
                     status=HTTPStatus.REQUEST_TIMEOUT,

@@ -5,7 +5,7 @@ from http import HTTPStatus
 
 from starlette.types import Send
 
-from adaptive_head.vllm.limits import option_name
+from adaptive_head.vllm.limits import Limits, option_name
 
 MAX_PARAM_LEN = 100
 RETRY_AFTER_S = 5
@@ -57,8 +57,8 @@ class Refusal(Exception):
 
 
 def exceeds(
+    limits: Limits,
     limit: str,
-    maximum: float,
     param: str,
     what: str,
     found: object = None,
@@ -67,13 +67,14 @@ def exceeds(
     """The refusal of a request in which `param` has more of something than it may.
 
     Args:
-        limit: a field of `Limits`.
+        limit: the field of `limits` that is exceeded.
         what: of what there is too much, in the plural.
         found: how many there are, where that is known.
     """
     if len(param) > MAX_PARAM_LEN:
         param = param[:MAX_PARAM_LEN] + "…"
     got = "" if found is None else f", got {found}"
+    maximum = getattr(limits, limit)
     message = f"{param}: at most {maximum} {what}{got} ({option_name(limit)} of the server)"
     return Refusal(status, message, param)
 

@@ -113,7 +113,7 @@ def check_fields(fields: dict[str, Any], limits: Limits, path: str = "", depth: 
     num_choices = num_prompts * read_count(fields.get("n"))
     if num_choices > limits.max_choices:
         param = f"{path}n" if num_prompts == 1 else f"{path}prompt"
-        raise exceeds("max_choices", limits.max_choices, param, "prompts × n", num_choices)
+        raise exceeds(limits, "max_choices", param, "prompts × n", num_choices)
 
 
 def check_list(key: str, items: list[Any], limits: Limits, path: str) -> int:
@@ -124,12 +124,12 @@ def check_list(key: str, items: list[Any], limits: Limits, path: str) -> int:
     first = items[0] if length else None
     if key in TOKEN_IDS or (key in PROMPTS and type(first) is int):
         if length > limits.max_token_ids:
-            raise exceeds("max_token_ids", limits.max_token_ids, path, "token ids", length)
+            raise exceeds(limits, "max_token_ids", path, "token ids", length)
         return 1
     if key in PROMPTS:
         return max(length, 1)
     if length > limits.max_list_items:
-        raise exceeds("max_list_items", limits.max_list_items, path, "items", length)
+        raise exceeds(limits, "max_list_items", path, "items", length)
     if key in NAME_LISTS:
         for index, item in enumerate(items):
             if type(item) is str and len(item) > limits.max_name_length:
@@ -145,7 +145,7 @@ def check_list(key: str, items: list[Any], limits: Limits, path: str) -> int:
 def check_messages(messages: list[Any], limits: Limits, path: str) -> int:
     """Check a conversation, or several; how many there are."""
     if len(messages) > limits.max_messages:
-        raise exceeds("max_messages", limits.max_messages, path, "messages", len(messages))
+        raise exceeds(limits, "max_messages", path, "messages", len(messages))
     max_length, max_items = limits.max_name_length, limits.max_list_items
     num_conversations = 0
     for index, message in enumerate(messages):
@@ -163,13 +163,13 @@ def check_messages(messages: list[Any], limits: Limits, path: str) -> int:
                     check_name(value, limits, f"{path}.{index}.{key}")
             elif kind is list and len(value) > max_items:
                 param = f"{path}.{index}.{key}"
-                raise exceeds("max_list_items", max_items, param, "items", len(value))
+                raise exceeds(limits, "max_list_items", param, "items", len(value))
     return num_conversations or 1
 
 
 def check_name(name: str, limits: Limits, path: str) -> None:
     if len(name) > limits.max_name_length:
-        raise exceeds("max_name_length", limits.max_name_length, path, "characters", len(name))
+        raise exceeds(limits, "max_name_length", path, "characters", len(name))
 
 
 def check_keys(fields: Collection[str], limits: Limits, path: str) -> None:
@@ -183,7 +183,7 @@ def check_keys(fields: Collection[str], limits: Limits, path: str) -> None:
 def check_size(fields: Collection[str], limits: Limits, path: str) -> None:
     if len(fields) > limits.max_list_items:
         param = path.rstrip(".") or "body"
-        raise exceeds("max_list_items", limits.max_list_items, param, "fields", len(fields))
+        raise exceeds(limits, "max_list_items", param, "fields", len(fields))
 
 
 def check_grammar(grammar: Any, limits: Limits, path: str) -> None:
@@ -197,7 +197,7 @@ def check_grammar(grammar: Any, limits: Limits, path: str) -> None:
     except UnicodeEncodeError:
         size = len(json.dumps(grammar))
     if size > limits.max_grammar_bytes:
-        raise exceeds("max_grammar_bytes", limits.max_grammar_bytes, path, "bytes", size)
+        raise exceeds(limits, "max_grammar_bytes", path, "bytes", size)
 
 
 def read_count(value: Any) -> int:
