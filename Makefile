@@ -1,6 +1,7 @@
 # make serve   start the server; MODEL=, HEAD=, HOST=, PORT=, ARGS= change what it serves
-# make test    run the whole test suite; ARGS= goes to pytest
-# make test-0.33  run the tests that touch vLLM on vLLM 0.33, whose Python files it downloads once
+# make test    run the tests, without the slow ones; ARGS= goes to pytest
+# make test-0.33  run those that touch vLLM on vLLM 0.33, whose Python files it downloads once
+# make test-all   run every test on both versions of vLLM, slow ones included
 # make lint    check style and types; make format repairs the style
 
 PYTHON ?= python3.11
@@ -16,7 +17,7 @@ DEVICE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 BIN := .venv/bin
 INSTALLED := .venv/installed-$(DEVICE)
 
-.PHONY: serve test test-0.33 lint format clean
+.PHONY: serve test test-0.33 test-all lint format clean
 
 serve: $(INSTALLED)
 	$(if $(MODEL),,@$(BIN)/python -m adaptive_head.embedded_model >/dev/null)
@@ -24,12 +25,20 @@ serve: $(INSTALLED)
 		--host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(INSTALLED)-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-0.33: $(INSTALLED)-dev
+	$(call test-0.33,-m "not slow")
+
+test-all: $(INSTALLED)-dev
+	$(BIN)/python -m pytest $(ARGS)
+	$(call test-0.33,)
+
+define test-0.33
 	overlay="$$($(BIN)/python -m tests.minors.overlay)" && \
 	PYTHONPATH="$$overlay$${PYTHONPATH:+:$$PYTHONPATH}" \
-	$(BIN)/python -m pytest --minor=0.33 @tests/minors/tests.txt $(ARGS)
+	$(BIN)/python -m pytest --minor=0.33 @tests/minors/tests.txt $(1) $(ARGS)
+endef
 
 lint: $(INSTALLED)-dev
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 An engine's start keeps one core busy for most of a minute, and light tests leave another one idle.
 So a module with such processes has a function `begin_processes`. It is called before the first test
-of the session with what runs them, if more than a few of the module's tests are to run.
+of the session with what runs them, unless the session has a few tests only. Processes that slow
+tests alone wait for are begun by `begin_slow_processes`, if the session has one of these tests.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -17,7 +18,7 @@ NUM_AT_ONCE = 2
 HANG_S = 900
 # Whoever waits for one may wait for one that runs before it, too.
 WAIT_S = 2 * HANG_S
-# Whoever runs fewer tests of a module does not want to wait for all its processes.
+# Whoever runs fewer tests does not want to wait for all processes of their modules.
 MIN_TESTS = 4
 
 
@@ -59,7 +60,14 @@ def background(tmp_path_factory) -> Iterator[Background]:
 
 @pytest.fixture(scope="session", autouse=True)
 def begin_all(request, background) -> None:
-    modules = [item.module for item in request.session.items]
-    for module in dict.fromkeys(modules):
-        if modules.count(module) >= MIN_TESTS and hasattr(module, "begin_processes"):
-            module.begin_processes(background)
+    items = request.session.items
+    if len(items) < MIN_TESTS:
+        return
+    slow = [item.module for item in items if item.get_closest_marker("slow")]
+    for name, modules in (
+        ("begin_processes", [item.module for item in items]),
+        ("begin_slow_processes", slow),
+    ):
+        for module in dict.fromkeys(modules):
+            if hasattr(module, name):
+                getattr(module, name)(background)

@@ -177,7 +177,6 @@ print(fake.conversions)
 """
 
 
-@pytest.mark.slow
 def test_racing_processes_convert_once(tmp_path: Path):
     # Threads share the lock's bookkeeping; only processes prove that the file itself is locked.
     command = [sys.executable, "-c", RACING_PROCESS, str(tmp_path)]

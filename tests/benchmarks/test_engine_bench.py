@@ -41,6 +41,7 @@ def short_run(tmp_path_factory):
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_results_are_alone_on_the_standard_output(short_run):
     process, _ = short_run
     result = json.loads(process.stdout)
@@ -62,6 +63,7 @@ def test_results_are_alone_on_the_standard_output(short_run):
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_every_run_is_kept_and_the_plot_drawn(short_run):
     process, folder = short_run
     result = json.loads((folder / "x.json").read_text())
@@ -78,6 +80,7 @@ def test_every_run_is_kept_and_the_plot_drawn(short_run):
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_what_the_engine_refuses_is_a_sentence():
     speculation = 'speculative_config={"method": "ngram", "num_speculative_tokens": 2}'
     process = run_benchmark("--batch", "1", "--option", speculation)
@@ -111,6 +114,7 @@ def test_arms_meet_each_other_in_every_order():
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_every_arm_runs_on_v2():
     """Through Triton's interpreter, which says nothing of times."""
     code = (

@@ -100,6 +100,7 @@ async def test_a_block_asks_so_often_at_so_many_at_once_and_accounts_for_it():
     assert 0.01 <= block.latency_s <= 8 / block.requests_per_s
 
 
+@pytest.mark.slow
 def test_a_short_run_compares_every_kind(tmp_path):
     out = tmp_path / "blocks.json"
     options = (

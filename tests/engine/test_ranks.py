@@ -57,8 +57,12 @@ SPREAD["params"]["extra_args"]["adaptive"] |= {"name": "later", "generation": 1}
 
 def begin_processes(background):
     engines = get_engines(background)
-    groups = (TENSOR_BATCHES, TENSOR_PARALLEL), (PIPELINE_BATCHES, PIPELINE_PARALLEL)
-    engines.begin("v2", "ranks", *groups)
+    engines.begin("v2", "ranks", (TENSOR_BATCHES, TENSOR_PARALLEL))
+
+
+def begin_slow_processes(background):
+    engines = get_engines(background)
+    engines.begin("v2", "ranks", (PIPELINE_BATCHES, PIPELINE_PARALLEL))
     begin_replicas(engines)
     begin_ray(engines)
 
@@ -125,6 +129,7 @@ def test_without_the_broadcast_ranks_sample_different_tokens(tensor_parallel, mo
         assert_all_aligned(FEW, few, model_of, networks)
 
 
+@pytest.mark.slow
 def test_of_pipeline_parallel_ranks_the_last_one_chooses(run_engine, model_of, networks):
     result = run_engine("v2", "ranks", PIPELINE_BATCHES, **PIPELINE_PARALLEL)
     few, (first, last), (wrong, right), ((later,),), removed, after = result["answers"]
@@ -137,6 +142,7 @@ def test_of_pipeline_parallel_ranks_the_last_one_chooses(run_engine, model_of, n
     assert [record["heads"] for record in after] == [None, [0, 0]]
 
 
+@pytest.mark.slow
 def test_rays_executor_takes_our_worker(run_engine, model_of, networks):
     begin_ray(run_engine)
     (result,) = run_engine.wait(RAY_MODULE)
@@ -145,6 +151,7 @@ def test_rays_executor_takes_our_worker(run_engine, model_of, networks):
     assert ranks[0] == ranks[1] and len(ranks[0]["steps"]) >= NUM_TOKENS
 
 
+@pytest.mark.slow
 def test_data_parallel_engines_each_choose_and_all_get_a_head_that_is_loaded_later(
     run_engine, model_of, networks
 ):

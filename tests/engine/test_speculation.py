@@ -45,7 +45,8 @@ PHASES = [
     for request in REWRITTEN[:4]
 ]
 SAMPLED = [adaptive(REPEATING[0], seed=4, options={"select": "sample"})]
-METHODS = ("ngram", "draft_model", "eagle")
+SLOW_METHODS = ("draft_model", "eagle")
+METHODS = ("ngram", *(pytest.param(method, marks=pytest.mark.slow) for method in SLOW_METHODS))
 BATCHES = [MIXED + WORDS, PHASES[:2], SAMPLED]
 PREEMPTED = [SEQUENCES, PHASES, LOGPROBS]
 PREEMPTING = {"num_gpu_blocks_override": 11, "logprobs_mode": "processed_logprobs"}
@@ -70,10 +71,14 @@ def make_configs(background) -> dict[str, dict]:
 
 def begin_processes(background):
     engines, configs = get_engines(background), make_configs(background)
-    ngram = {"speculative_config": configs["ngram"]}
-    engines.begin("v2", "adaptive", (BATCHES, ngram), (PREEMPTED, ngram | PREEMPTING))
-    drafting = [(BATCHES, {"speculative_config": configs[method]}) for method in METHODS[1:]]
-    engines.begin("v2", "adaptive", *drafting)
+    engines.begin("v2", "adaptive", (BATCHES, {"speculative_config": configs["ngram"]}))
+
+
+def begin_slow_processes(background):
+    engines, configs = get_engines(background), make_configs(background)
+    preempting = {"speculative_config": configs["ngram"]} | PREEMPTING
+    drafting = [(BATCHES, {"speculative_config": configs[method]}) for method in SLOW_METHODS]
+    engines.begin("v2", "adaptive", (PREEMPTED, preempting), *drafting)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +105,7 @@ def test_every_policy_in_one_batch_is_aligned(method, run_engine, configs, model
     assert num_tokens <= counted["tok"] <= num_tokens + 5 * NUM_DRAFTS
 
 
+@pytest.mark.slow
 def test_choices_phases_and_logprobs_survive_preemption(run_engine, configs, model_of, networks):
     config = configs["ngram"]
     result = run_engine("v2", "adaptive", PREEMPTED, speculative_config=config, **PREEMPTING)

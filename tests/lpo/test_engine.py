@@ -37,7 +37,8 @@ from tests.background import WAIT_S
 from tests.engine.engines import TEMPERATURES, get_engines
 from tests.processors import PROCESSORS, WITHOUT_BFLOAT16, run_on
 
-BACKENDS = ("local", "ray", "data_parallel")
+REPLICATED = ("ray", "data_parallel")
+BACKENDS = ("local", *(pytest.param(name, marks=pytest.mark.slow) for name in REPLICATED))
 MAX_NUM_SEQS = 4
 NUM_REQUESTS = 30
 MAX_TOKENS = 8
@@ -173,7 +174,11 @@ def read_command(process: psutil.Process) -> str:
 
 
 def begin_processes(background):
-    for backend in BACKENDS:
+    begin_backend(background, "local")
+
+
+def begin_slow_processes(background):
+    for backend in REPLICATED:
         begin_backend(background, backend)
 
 
@@ -200,7 +205,6 @@ def by_id(answers: list[dict]) -> dict[str, dict]:
 
 
 @pytest.mark.engine
-@pytest.mark.slow
 @pytest.mark.timeout(WAIT_S)
 class TestRunning:
     @pytest.mark.parametrize("backend", BACKENDS)
@@ -248,12 +252,14 @@ class TestRunning:
         expected = [request.id for request in make_requests(3)]
         assert sorted(results(backend)["after"]) == expected
 
-    @pytest.mark.parametrize("backend", ["ray", "data_parallel"])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("backend", REPLICATED)
     def test_replicas_share_the_requests_and_have_no_more_than_they_need(self, results, backend):
         loads = results(backend)["loads"]
         assert len(loads) == 2
         assert min(loads) > 0 and max(loads) <= REQUESTS_AHEAD * MAX_NUM_SEQS
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("backend", "sentence"),
         [

@@ -1,7 +1,7 @@
 """Every experiment that ships, in its quick form, from nothing to a table, with the real model.
 
 One is run as its user would, and killed on its way. Others follow one another in one process, which
-imports vLLM once: this file as a script.
+imports vLLM once: this file as a script. `make test` runs the shortest.
 """
 
 import json
@@ -23,23 +23,31 @@ from tests.background import HANG_S, WAIT_S
 from tests.engine.engines import make_environment, run_module
 from tests.leftovers import run, started
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(WAIT_S)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(WAIT_S)]
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
 KILLED = "voting"
+SHORTEST = "mix"
 # What shares a process.
-GROUPS = ("mix",), ("constrained", "losses", "repeats")
+SLOW_NAMES = ("constrained", "losses", "repeats")
 
 
 def begin_processes(background):
-    environment = make_environment("v1")
-    folder = background.folder
-    for names in GROUPS:
-        scenario = {"names": names, "folder": str(folder)}
-        background.begin(names, run_module, "tests.lpo.test_quick", environment, scenario, folder)
+    begin_group(background, (SHORTEST,))
+
+
+def begin_slow_processes(background):
+    begin_group(background, SLOW_NAMES)
+    environment, folder = make_environment("v1"), background.folder
     background.begin("killed", kill_and_finish, folder / KILLED, environment)
     background.begin("inspect", inspect, folder, environment)
+
+
+def begin_group(background, names: tuple[str, ...]) -> None:
+    environment, folder = make_environment("v1"), background.folder
+    scenario = {"names": names, "folder": str(folder)}
+    background.begin(names, run_module, "tests.lpo.test_quick", environment, scenario, folder)
 
 
 def kill_and_finish(folder: Path, environment: dict[str, str]) -> dict:
@@ -81,16 +89,26 @@ def inspect(folder: Path, environment: dict[str, str]) -> str:
     return run(command, environment | {"PYTHONPATH": str(ROOT)}, HANG_S, cwd=folder)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def begun(background):
+    begin_slow_processes(background)
+
+
+def test_the_shortest_runs_from_nothing_to_a_table(background):
     begin_processes(background)
+    assert_run(SHORTEST, background.wait((SHORTEST,)), background.folder)
 
 
-@pytest.mark.parametrize("name", [name for names in GROUPS for name in names])
-def test_it_runs_from_nothing_to_a_table(name, background):
-    (result,) = (background.wait(names)[name] for names in GROUPS if name in names)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_NAMES)
+def test_it_runs_from_nothing_to_a_table(name, background, begun):
+    assert_run(name, background.wait(SLOW_NAMES), background.folder)
+
+
+def assert_run(name: str, results: dict[str, dict], folder: Path) -> None:
+    result = results[name]
     assert result["error"] is None, result["error"]
-    assert_complete(name, background.folder / name, result["output"])
+    assert_complete(name, folder / name, result["output"])
 
 
 def assert_complete(name: str, out: Path, output: str) -> None:
@@ -109,7 +127,8 @@ def assert_complete(name: str, out: Path, output: str) -> None:
     assert list((out / "evaluation").glob("*.png"))
 
 
-def test_a_killed_run_goes_on_and_a_finished_one_does_nothing(background):
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_a_finished_one_does_nothing(background, begun):
     result, out = background.wait("killed"), background.folder / KILLED
     assert_complete(KILLED, out, result["output"])
     experiment = read_experiment(FOLDER / f"{KILLED}.yaml").shrink()
@@ -123,7 +142,8 @@ def test_a_killed_run_goes_on_and_a_finished_one_does_nothing(background):
     assert result["after"] == result["before"]
 
 
-def test_inspect_shows_an_answer_and_writes_the_page(background):
+@pytest.mark.slow
+def test_inspect_shows_an_answer_and_writes_the_page(background, begun):
     assert "8 tokens" in background.wait("inspect")
     page = (background.folder / "answer.html").read_text()
     assert "lighthouse" in page

@@ -3,13 +3,10 @@
 import asyncio
 import json
 
-import pytest
 from selenium.webdriver.common.action_chains import ActionChains
 
 from tests.playground.browser import NASTY
 from tests.playground.scripted import make_chunks, stream
-
-pytestmark = pytest.mark.slow
 
 
 def test_tokens_are_coloured_counted_and_drawn(page, server):

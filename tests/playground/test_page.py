@@ -11,8 +11,6 @@ from tests.playground.browser import NASTY, RUN_KEYS
 from tests.playground.scripted import PREFIX, make_chunks, stream
 from tests.server.fakes import HEADS, MODEL
 
-pytestmark = pytest.mark.slow
-
 SEE_AGAIN = "document.dispatchEvent(new Event('visibilitychange', {bubbles: true}))"
 # Letters stand on the colour itself; the gradient over it is a strip at their feet.
 PAINT_FLAT = """

@@ -12,8 +12,6 @@ from tests.playground.scripted import make_chunks, scripted, stream
 from tests.programs import HANG_S
 from tests.server.fakes import MODEL
 
-pytestmark = pytest.mark.slow
-
 
 def test_fields_become_the_request(page, server):
     page.open_ready()
