@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adaptive_head.files import read_bounded, replace_file
 from adaptive_head.metadata import HeadError
+from adaptive_head.options import Temperature
 
 LOADED_FILE = "loaded-heads.json"
 _MAX_LOADED_BYTES: Final = 1 << 20
@@ -21,6 +22,7 @@ class LoadedHeads(BaseModel):
         heads: folders below the library, by the names under which their heads serve.
         default: the head of requests that name none; None where it was not changed.
         canaries: by head, the other one that answers a share of its requests, and that share.
+        override: the temperature of every adaptive request; None where that is off.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -28,6 +30,7 @@ class LoadedHeads(BaseModel):
     heads: dict[str, str] = {}
     default: str | None = None
     canaries: dict[str, tuple[str, Percent]] = {}
+    override: Temperature | None = None
 
 
 class HeadLibrary:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fastapi import Request
 from vllm.exceptions import VLLMValidationError
 
+from adaptive_head.operator_policy import bound_options, fill_in
 from adaptive_head.options import AdaptiveRequest, OptionError, resolve_options
 from server.head_control import HeadControl
 from server.heads import HeadRegistry
@@ -21,7 +22,12 @@ _NO_OPTIONS = AdaptiveRequest()
 
 @dataclass(frozen=True)
 class AdaptiveState:
-    """What the routes need to know; `app.state.adaptive`."""
+    """What the routes need to know; `app.state.adaptive`.
+
+    Attributes:
+        policy: completes requests that choose neither a policy nor a head.
+        max_temperature: bounds every adaptive request; None for no bound.
+    """
 
     heads: HeadRegistry
     adaptive_by_default: bool
@@ -29,6 +35,8 @@ class AdaptiveState:
     tokenize_marker: Callable[[str], list[int]] | None
     metrics: AdaptiveMetrics
     control: HeadControl | None = None
+    policy: AdaptiveRequest = _NO_OPTIONS
+    max_temperature: float | None = None
 
     @staticmethod
     def adaptive_name(served_name: str) -> str:
@@ -61,13 +69,15 @@ def admit(request: AdaptiveFields, raw_request: Request) -> None:
     if served_name is None and not is_asked_for(request):
         # What the server's default cannot serve was not asked for, and stays ordinary.
         is_default = state.adaptive_by_default and request.temperature is None
-        if not is_default or is_adapted or is_beam_search:
+        is_served = not is_adapted or state.policy.policy != "head"
+        if not is_default or not is_served or is_beam_search:
             return
-    options = request.adaptive or _NO_OPTIONS
+    options = fill_in(request.adaptive or _NO_OPTIONS, state.policy)
     try:
         resolved = resolve_options(
             options, state.heads.by_name, state.heads.default, state.tokenize_marker
         )
+        resolved = bound_options(resolved, state.max_temperature)
     except OptionError as error:
         raise invalid_option(error) from None
     if is_beam_search:
@@ -97,6 +107,7 @@ def admit(request: AdaptiveFields, raw_request: Request) -> None:
         state.metrics,
         takes_many_prompts=request.takes_many_prompts,
         head=head,
+        is_override=resolved is state.heads.override,
     )
     request.begin_report(report)
     report.hold()

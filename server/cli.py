@@ -14,6 +14,7 @@ from adaptive_head.dtype import choose_dtype
 from adaptive_head.embedded_model import EMBEDDED_NAME, prepare
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.heads import SHIPPED_HEADS
+from adaptive_head.operator_policy import check_policy
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError, check_version, refuse_unsupported
 from adaptive_head.vllm.limits import DEFAULT_MAX_QUEUED, Limits, option_name
@@ -24,6 +25,7 @@ from adaptive_head.vllm.settings import (
     AdaptiveSettings,
     read_admin_key,
 )
+from server.operator_flags import parse_max, parse_policy
 
 PLUGIN = "adaptive"
 # All of vLLM's groups but the one for endpoints, which only load when they are named.
@@ -55,7 +57,7 @@ examples:
   adaptive-serve
   adaptive-serve Qwen/Qwen3-8B --head heads/qwen3-8b --port 8001
   adaptive-serve MODEL --head fast=heads/a --head careful=heads/b --default-head careful
-  adaptive-serve MODEL                          no head: the learning-free policies work without
+  adaptive-serve MODEL --adaptive-policy entropy          "adaptive" without a head
 """
 
 
@@ -84,6 +86,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--adaptive-default",
         action="store_true",
         help="requests that name no temperature are adaptive",
+    )
+    parser.add_argument(
+        "--adaptive-policy",
+        metavar="POLICY",
+        help="for adaptive requests that choose neither a policy nor a head: a policy's name, or a "
+        "JSON object like the adaptive of a request (default: the default head)",
+    )
+    parser.add_argument(
+        "--adaptive-max",
+        metavar="T",
+        help="no adaptive temperature above this, whatever a request asks for",
     )
     parser.add_argument(
         "--no-verify-base",
@@ -174,6 +187,8 @@ def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
         request_log=ours.request_log,
         playground=not ours.no_playground,
         heads_dir=ours.heads_dir and ours.heads_dir.expanduser().resolve(),
+        adaptive_policy=parse_policy(ours.adaptive_policy),
+        adaptive_max=parse_max(ours.adaptive_max),
         limits=read_limits(ours),
     )
     settings.check()
@@ -270,14 +285,20 @@ def name_heads(specifications: list[str]) -> dict[str, Path]:
 
 
 def check_heads(settings: AdaptiveSettings, model: Path) -> None:
-    """Find a wrong head now rather than after the engine's start.
+    """Find a wrong head, or a policy that it cannot serve, before the engine starts.
 
     The engine checks again; what only it can know (a model from the hub) is left to it.
     """
     is_verified = settings.verify_base and settings.heads and model.is_dir()
     fingerprint = fingerprint_model(model) if is_verified else None
-    for folder in settings.heads.values():
-        load_head(folder, fingerprint=fingerprint)
+    heads = {
+        name: load_head(folder, fingerprint=fingerprint).metadata
+        for name, folder in settings.heads.items()
+    }
+    policy = settings.adaptive_policy
+    # A marker of two_phase needs the tokenizer, which the engine brings.
+    if policy is not None and policy.policy == "head":
+        check_policy(policy, heads, settings.resolved_default_head, None)
 
 
 def is_v2_likely() -> bool:

@@ -1,4 +1,4 @@
-"""Loads, replaces and removes heads while the server runs.
+"""Loads, replaces and removes heads while the server runs, and overrides them all.
 
 A head is read and verified here, then loaded by every worker alongside those that serve; only when
 all of them have it does it take its name. A head that fails on the way changes nothing.
@@ -18,6 +18,7 @@ from vllm.logger import init_logger
 
 from adaptive_head.checkpoint import HeadError, LoadedHead
 from adaptive_head.library import HeadLibrary, LoadedHeads
+from adaptive_head.operator_policy import make_constant
 from adaptive_head.vllm import LOADING
 from adaptive_head.vllm.heads import HeadVerifier
 from adaptive_head.vllm.settings import check_head_name
@@ -58,6 +59,7 @@ class HeadControl:
         registry: the heads that requests find.
         heads_dir: heads are loaded from below this folder only.
         admin_key: what a request for a change must show.
+        max_temperature: the highest temperature of an override; None for no such bound.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class HeadControl:
         metrics: AdaptiveMetrics,
         heads_dir: Path,
         admin_key: str,
+        max_temperature: float | None = None,
     ) -> None:
         self._engine_client = engine_client
         self._registry = registry
@@ -75,7 +78,9 @@ class HeadControl:
         self._loaded = LoadedHeads()
         self.admin_key = admin_key
         self._verifier = HeadVerifier(engine_client.vllm_config)
+        self._max_temperature = max_temperature
         self._lock = asyncio.Lock()
+        self._writing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def restore(self) -> None:
@@ -86,6 +91,10 @@ class HeadControl:
         except (HeadError, TimeoutError) as error:
             logger.error("No head is restored: %s", error)
         saved = self._loaded.model_copy(deep=True)
+        if (override := saved.override) is not None:
+            # Bounded, not refused: the switch must hold where the bound is lower than before.
+            highest = self._max_temperature
+            self._apply_override(override if highest is None else min(override, highest))
         for name, folder in saved.heads.items():
             await self._attempt(name, self.load(name, folder, is_default=False))
         for name, canary in saved.canaries.items():
@@ -188,6 +197,33 @@ class HeadControl:
                 logger.info("Head %s is now the default", name)
             await self._remember()
 
+    async def set_override(self, temperature: float | None) -> None:
+        """Give every adaptive request one constant temperature from the next one on; None ends it.
+
+        Does not wait for a head that is being loaded.
+
+        Raises:
+            VLLMValidationError: the temperature is above the highest.
+        """
+        highest = self._max_temperature
+        if temperature is not None and highest is not None and temperature > highest:
+            raise VLLMValidationError(
+                f"temperature: at most {highest:g} (--adaptive-max of the server), "
+                f"got {temperature:g}",
+                parameter="temperature",
+            )
+        self._apply_override(temperature)
+        self._loaded.override = temperature
+        await self._remember()
+
+    def _apply_override(self, temperature: float | None) -> None:
+        self._registry.override = None if temperature is None else make_constant(temperature)
+        self._metrics.set_override(temperature is not None)
+        if temperature is None:
+            logger.info("Adaptive requests are no longer overridden")
+        else:
+            logger.info("Every adaptive request now gets temperature %g", temperature)
+
     def _set_canary(self, name: str, canary: Canary | None) -> None:
         others = self._registry.by_name.keys() - {name}
         if canary is not None and canary.name not in others:
@@ -209,10 +245,12 @@ class HeadControl:
 
     async def _remember(self) -> None:
         """Write down what a restart is to repeat. The change stands where that fails."""
-        try:
-            await _in_thread(self._library.write_loaded, self._loaded.model_copy(deep=True))
-        except OSError as error:
-            logger.warning("This change of heads will not survive a restart: %s", error)
+        # One at a time, so that the last to write has the last state.
+        async with self._writing:
+            try:
+                await _in_thread(self._library.write_loaded, self._loaded.model_copy(deep=True))
+            except OSError as error:
+                logger.warning("This change will not survive a restart: %s", error)
 
     async def _load_in_workers(self, name: str, generation: int, path: Path, digest: str) -> None:
         deadline = time.monotonic() + MAX_LOADING_S

@@ -1,4 +1,4 @@
-"""`/v1/adaptive/heads`: which heads there are, and, with the admin key, changing them."""
+"""`/v1/adaptive/heads`: what serves adaptive requests, and, with the admin key, changing it."""
 
 import hmac
 from collections.abc import Iterator
@@ -58,9 +58,15 @@ def make_head_router() -> APIRouter:
 
 
 async def show_heads(raw_request: Request) -> dict[str, Any]:
-    """The loaded heads with their metadata."""
-    heads = find_registry(raw_request)
-    return {"object": "list", "data": [describe(head, heads) for head in heads]}
+    """The loaded heads with their metadata, and what the operator decides for all requests."""
+    state: AdaptiveState = raw_request.app.state.adaptive
+    return {
+        "object": "list",
+        "data": [describe(head, state.heads) for head in state.heads],
+        "policy": state.policy.model_dump(mode="json", exclude_none=True),
+        "max": state.max_temperature,
+        "override": state.heads.override_temperature,
+    }
 
 
 async def show_training(name: str, raw_request: Request) -> Response:
@@ -78,7 +84,8 @@ def require_control(
     if state.control is None:
         raise HTTPException(
             HTTPStatus.FORBIDDEN,
-            "changing heads is off; start adaptive-serve with ADAPTIVE_ADMIN_KEY and --heads-dir",
+            "changes at run time are off; "
+            "start adaptive-serve with ADAPTIVE_ADMIN_KEY and --heads-dir",
         )
     if not hmac.compare_digest((key or "").encode(), state.control.admin_key.encode()):
         state.metrics.count_change("key", "refused")
@@ -126,7 +133,7 @@ async def remove_head(name: str, raw_request: Request, control: Control) -> dict
 
 @contextmanager
 def counting(raw_request: Request, *actions: str) -> Iterator[None]:
-    """Count an attempt to change the heads, and answer 409 and 500 where they are due."""
+    """Count an attempt to change something, and answer 409 and 500 where they are due."""
     result = "failed"
     try:
         yield

@@ -50,6 +50,10 @@ class HeadRegistry:
     Args:
         heads: those that the engine has loaded at its start.
         default: the head of requests that name none.
+
+    Attributes:
+        override: the options, of a constant, that answer every request instead of its own; None
+            while that is off.
     """
 
     def __init__(self, heads: Mapping[str, HeadMetadata], default: str | None = None) -> None:
@@ -57,6 +61,7 @@ class HeadRegistry:
         self._canaries: dict[str, Canary] = {}
         self._last_generation = 0
         self.default = default
+        self.override: Options | None = None
         for name, metadata in heads.items():
             self._heads[name] = ServedHead(name, 0, metadata)
 
@@ -74,6 +79,11 @@ class HeadRegistry:
     def canaries(self) -> Mapping[str, Canary]:
         """The canaries by the heads whose requests they share."""
         return MappingProxyType(self._canaries)
+
+    @property
+    def override_temperature(self) -> float | None:
+        """The temperature that answers every request; None while that is off."""
+        return None if self.override is None else self.override.parameters[0]
 
     def find(self, name: str) -> ServedHead:
         """The head of that name.
@@ -123,8 +133,11 @@ class HeadRegistry:
 
         Returns:
             The options with that head's name, level and generation, and the head, which the
-            request must hold until it is over; None for a policy without one.
+            request must hold until it is over; None for a policy without one. `override` itself
+            where there is one.
         """
+        if self.override is not None:
+            return self.override, None
         if options.policy != "head":
             return options, None
         head = self._heads[options.name]

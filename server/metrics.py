@@ -83,10 +83,18 @@ class AdaptiveMetrics:
         )
         self._head_changes = Counter(
             "adaptive_head_changes",
-            "Attempts to change the heads while the server runs.",
+            "Attempts to change heads, or the override, while the server runs.",
             ("model", "action", "result"),
             registry=registry,
         )
+        self._override = Gauge(
+            "adaptive_override",
+            "1 while one constant answers every adaptive request, else 0.",
+            ("model",),
+            registry=registry,
+            multiprocess_mode="max",
+        )
+        self.set_override(False)
         for name, head in heads.items():
             self.add_head(name, head)
 
@@ -126,8 +134,12 @@ class AdaptiveMetrics:
         else:
             self._canary_share.remove(*labels)
 
+    def set_override(self, is_on: bool) -> None:
+        """One constant answers every adaptive request from now on, or no longer."""
+        self._override.labels(self._model).set(is_on)
+
     def count_change(self, action: str, result: str) -> None:
-        """Somebody has tried to change the heads."""
+        """Somebody has tried to change heads or the override."""
         self._head_changes.labels(self._model, action, result).inc()
 
     def count_request(self, options: Options) -> None:

@@ -15,6 +15,8 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.logger import init_logger
 
 from adaptive_head.checkpoint import read_metadata
+from adaptive_head.operator_policy import check_policy
+from adaptive_head.options import AdaptiveRequest
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
 from adaptive_head.vllm.settings import AdaptiveSettings, read_admin_key, read_settings
@@ -35,6 +37,7 @@ from server.limits.grammars import check_grammars_in_threads
 from server.limits.messages import bound_messages
 from server.limits.queue import Queue, refuse_full
 from server.metrics import AdaptiveMetrics
+from server.override_routes import make_override_router
 from server.playground import PLAYGROUND_PATH, make_playground_router
 from server.record import Observer, Recorder
 from server.request_log import RequestLog
@@ -64,6 +67,7 @@ class AdaptiveEndpoints:
         """Register the routes; vLLM lets them replace its own of the same path."""
         app.include_router(make_router())
         app.include_router(make_head_router())
+        app.include_router(make_override_router())
         args = app.state.args
         settings = read_settings(args.additional_config)
         if settings.playground:
@@ -89,7 +93,8 @@ class AdaptiveEndpoints:
             UnsupportedError: the engine was started without our worker or scheduler.
             HeadError: a head's `head.json` cannot be read, or its feature probe does not fit.
             TimeoutError: the engine has not answered a probe.
-            ValueError: heads cannot be changed at run time as configured; see `read_admin_key`.
+            ValueError: heads cannot be changed at run time as configured, see `read_admin_key`; or
+                `--adaptive-policy` does not go with the default head or the tokenizer.
         """
         config = engine_client.vllm_config
         require_engine_side(
@@ -103,6 +108,9 @@ class AdaptiveEndpoints:
         await asyncio.gather(*(check_features(engine_client, head) for head in heads))
         served_names = tuple(path.name for path in state.openai_serving_models.base_model_paths)
         tokenizer = getattr(engine_client.renderer, "tokenizer", None)
+        tokenize = tokenizer and partial(tokenizer.encode, add_special_tokens=False)
+        policy = settings.adaptive_policy or AdaptiveRequest()
+        check_policy(policy, heads.by_name, heads.default, tokenize)
         metrics = AdaptiveMetrics(served_names[0], metadata)
         parallel = config.parallel_config
         admin_key = read_admin_key(
@@ -112,15 +120,24 @@ class AdaptiveEndpoints:
         state.queue.watch(engine_client)
         control = None
         if admin_key is not None and settings.heads_dir is not None:
-            control = HeadControl(engine_client, heads, metrics, settings.heads_dir, admin_key)
+            control = HeadControl(
+                engine_client,
+                heads,
+                metrics,
+                settings.heads_dir,
+                admin_key,
+                settings.adaptive_max,
+            )
             await control.restore()
         state.adaptive = AdaptiveState(
             heads=heads,
             adaptive_by_default=settings.adaptive_by_default,
             served_names=served_names,
-            tokenize_marker=tokenizer and partial(tokenizer.encode, add_special_tokens=False),
+            tokenize_marker=tokenize,
             metrics=metrics,
             control=control,
+            policy=policy,
+            max_temperature=settings.adaptive_max,
         )
         for name, handler_class in HANDLERS.items():
             extend_handler(getattr(state, name), handler_class, EngineProxy(engine_client))
@@ -216,9 +233,16 @@ def announce(state: AdaptiveState, args: Namespace) -> None:
         lines.append(f"  head    {head.name} ({head.level}{is_default}) [{temperatures}] {trained}")
     if not state.heads:
         lines.append("  heads   none; the learning-free policies work without")
+    if state.policy != AdaptiveRequest():
+        policy = state.policy.model_dump_json(exclude_none=True)
+        lines.append(f"  policy  {policy}, where a request chooses neither policy nor head")
+    if state.max_temperature is not None:
+        lines.append(f"  max     {state.max_temperature:g}: no adaptive temperature is above it")
     if read_settings(args.additional_config).playground and not args.uds:
         lines.append(f"  page    {url.removesuffix('/v1')}{PLAYGROUND_PATH}")
     if state.control is not None:
         lines.append("  control on: heads can be loaded, replaced and removed with the admin key")
+    if (temperature := state.heads.override_temperature) is not None:
+        lines.append(f"  OVERRIDE: every adaptive request gets {temperature:g}")
     for line in lines:
         logger.info("%s", line)

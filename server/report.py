@@ -1,7 +1,7 @@
 """What an answer says of its temperatures, gathered while the engine generates it."""
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -29,8 +29,9 @@ class ChoiceReport:
             that have been read.
     """
 
-    def __init__(self, options: Options, detail: ReportDetail) -> None:
+    def __init__(self, options: Options, detail: ReportDetail, is_override: bool) -> None:
         self._options = options
+        self._is_override = is_override
         self._has_list = detail == "tokens"
         self._reader = DecisionReader()
         self.num_tokens: dict[int, int] = {}
@@ -62,7 +63,7 @@ class ChoiceReport:
         Args:
             show_tokens: whether to list the temperature of every token.
         """
-        described = summarise(self._options, self.num_tokens) | {
+        described = describe_tokens(self._options, self.num_tokens, self._is_override) | {
             "tokens": sum(self.num_tokens.values()),
             "histogram": bin_temperatures(self._options, self.num_tokens),
         }
@@ -78,6 +79,7 @@ class Report:
         takes_many_prompts: whether each call of the engine generates the next prompt's answers, as
             for `/v1/completions`. Otherwise each continues the one prompt's, as after a tool call.
         head: chooses the temperatures; None for a policy without one.
+        is_override: whether the options are the operator's and not those of the request.
 
     Attributes:
         extra_args: the options as the sampling parameters of each of its prompts carry them.
@@ -92,9 +94,11 @@ class Report:
         *,
         takes_many_prompts: bool = False,
         head: ServedHead | None = None,
+        is_override: bool = False,
     ) -> None:
         self.options = options
         self.detail = detail
+        self.is_override = is_override
         self.extra_args = options.to_extra_args()
         self._num_choices = num_choices
         self._metrics = metrics
@@ -106,7 +110,10 @@ class Report:
     def begin_prompt(self) -> "PromptReport":
         """Return the report of what the engine is about to generate."""
         if self._takes_many_prompts or not self._prompts:
-            choices = [ChoiceReport(self.options, self.detail) for _ in range(self._num_choices)]
+            choices = [
+                ChoiceReport(self.options, self.detail, self.is_override)
+                for _ in range(self._num_choices)
+            ]
             self._choices += choices
             self._prompts.append(PromptReport(self, choices, self._metrics))
         return self._prompts[-1]
@@ -160,6 +167,7 @@ class PromptReport:
     ) -> None:
         self.options = report.options
         self.detail = report.detail
+        self.is_override = report.is_override
         self._choices = choices
         self._metrics = metrics
         # What the metrics have: tokens by temperature (millionths).
@@ -225,4 +233,13 @@ def summarise_all(reports: Sequence[PromptReport]) -> dict[str, Any]:
     for report in reports:
         report.count_into(num_tokens)
     first = reports[0]
-    return summarise(first.options, num_tokens) | {"report": first.detail}
+    described = describe_tokens(first.options, num_tokens, first.is_override)
+    return described | {"report": first.detail}
+
+
+def describe_tokens(
+    options: Options, num_tokens: Mapping[int, int], is_override: bool
+) -> dict[str, Any]:
+    """`summarise`, with a mark where the operator's override has answered."""
+    described = summarise(options, num_tokens)
+    return described | {"override": True} if is_override else described

@@ -3,11 +3,12 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from adaptive_head.options import PolicyName
+from adaptive_head.operator_policy import POLICY_FLAG, describe_error, read_policy
+from adaptive_head.options import AdaptiveRequest, OptionError, PolicyName, Temperature
 from adaptive_head.vllm.limits import Limits
 
 # The key in vLLM's `--additional-config`, a JSON object that reaches every process.
@@ -17,20 +18,30 @@ CPU_KV_CACHE_BYTES = 2 << 30
 ADMIN_KEY_VARIABLE = "ADAPTIVE_ADMIN_KEY"
 
 
+def _read_policy(value: Any) -> AdaptiveRequest | None:
+    try:
+        return None if value is None else read_policy(value)
+    except OptionError as error:
+        raise ValueError(describe_error(error)) from None
+
+
 class AdaptiveSettings(BaseModel):
     """The `adaptive` entry of vLLM's additional config.
 
     Attributes:
         heads: folders of the heads, by the name under which requests pick them.
         default_head: the head of requests that name none; the first if null.
-        adaptive_by_default: whether requests that name no temperature are adaptive. Not those to
-            which a head cannot answer: beam search, and LoRA adapters.
+        adaptive_by_default: whether requests that name no temperature are adaptive. Not beam
+            search, nor LoRA adapters where the server's policy is a head.
         verify_base: whether a head must have been made for exactly the served weights. Off for
             a quantised copy of the head's base model.
         request_log: a file, or "-" for the standard output, that gets a line of JSON for every
             request; null for none.
         playground: whether `/playground` shows its page.
         heads_dir: where heads may be loaded from while the server runs; null: they are not.
+        adaptive_policy: what adaptive requests get that choose neither a policy nor a head: a
+            policy's name, or an object like the `adaptive` of a request. Null: the default head.
+        adaptive_max: no adaptive temperature is above it; null for no such bound.
         limits: how much one request may ask for.
     """
 
@@ -43,6 +54,8 @@ class AdaptiveSettings(BaseModel):
     request_log: str | None = None
     playground: bool = True
     heads_dir: Path | None = None
+    adaptive_policy: Annotated[AdaptiveRequest | None, BeforeValidator(_read_policy)] = None
+    adaptive_max: Temperature | None = None
     limits: Limits = Limits()
 
     @property
@@ -53,8 +66,16 @@ class AdaptiveSettings(BaseModel):
         """Raise ValueError where entries contradict each other, or a head's name is taken."""
         for name in self.heads:
             check_head_name(name)
-        if self.adaptive_by_default and not self.heads:
-            raise ValueError("--adaptive-default needs a --head")
+        policy = self.adaptive_policy or AdaptiveRequest()
+        if self.adaptive_by_default and policy.policy == "head" and not self.heads:
+            raise ValueError(
+                "--adaptive-default needs a --head, or an --adaptive-policy that needs none"
+            )
+        low, high = policy.min or 0.0, self.adaptive_max
+        if high is not None and low > high:
+            raise ValueError(
+                f"{POLICY_FLAG}: min: must be at most {high:g}, the --adaptive-max, got {low:g}"
+            )
         if self.default_head is not None and self.default_head not in self.heads:
             raise ValueError(
                 f"--default-head {self.default_head}: not one of the heads "
@@ -74,7 +95,8 @@ def read_settings(additional_config: Any) -> AdaptiveSettings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in (CONFIG_KEY, *first["loc"]))
-        raise ValueError(f"--additional-config: {field}: {first['msg']}") from None
+        message = first.get("ctx", {}).get("error", first["msg"])
+        raise ValueError(f"--additional-config: {field}: {message}") from None
     settings.check()
     return settings
 

@@ -11,6 +11,7 @@ from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError
 from server.handlers import AdaptiveServingResponses
 from server.head_routes import HEADS_PATH
+from server.override_routes import OVERRIDE_PATH
 from server.playground import PLAYGROUND_PATH
 from server.plugin import AdaptiveEndpoints, announce, require_engine_side
 from server.protocol import AdaptiveResponsesRequest
@@ -93,6 +94,7 @@ def test_the_routes_are_those_of_vllm_and_the_list_of_heads():
         HEADS_PATH,
         HEADS_PATH + "/{name}",
         HEADS_PATH + "/{name}/training",
+        OVERRIDE_PATH,
     }
 
 
