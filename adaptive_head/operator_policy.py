@@ -13,7 +13,6 @@ from pydantic import BaseModel
 from adaptive_head.options import (
     AdaptiveRequest,
     ConstantParameters,
-    Head,
     Level,
     MarkerTokenizer,
     OptionError,
@@ -30,14 +29,14 @@ EXAMPLE = '{"policy": "constant", "constant": {"temperature": 0.6}}'
 
 
 class _AnyHead(NamedTuple):
-    """Stands for the head that will be the default, where none is known yet."""
+    """Stands for the default head, which may change while the server runs."""
 
-    level: Level
+    level: Level = "token"
     select: Selection = "argmax"
 
 
 def read_policy(value: Any) -> AdaptiveRequest:
-    """Validate the policy of requests that choose none, as far as no head and no model is needed.
+    """Validate the policy of requests that choose none, as far as that needs no tokenizer.
 
     Args:
         value: a policy's name, or an object like the `adaptive` of a request.
@@ -55,8 +54,10 @@ def read_policy(value: Any) -> AdaptiveRequest:
         raise _refuse_form(value)
     policy = parse_request(value)
     if policy.head is not None:
-        raise OptionError("head", "the head of requests that name none is the default head")
-    resolve_options(policy, {"": _AnyHead(policy.level or "token")}, "", lambda _: [0])
+        raise OptionError("head", "leave it out; --default-head names the head")
+    if policy.policy == "head" and policy.level is not None:
+        raise OptionError("level", "leave it out; a head has one level only")
+    resolve_options(policy, {"": _AnyHead()}, "", lambda _: [0])
     return policy
 
 
@@ -66,23 +67,16 @@ def _refuse_form(value: Any) -> OptionError:
     return OptionError("", message)
 
 
-def check_policy(
-    policy: AdaptiveRequest,
-    heads: Mapping[str, Head],
-    default_head: str | None,
-    tokenize_marker: MarkerTokenizer | None,
-) -> None:
-    """Check an operator's policy against the loaded heads and the model's tokenizer.
+def check_marker(policy: AdaptiveRequest, tokenize_marker: MarkerTokenizer | None) -> None:
+    """Check a policy that `read_policy` has read against the model's tokenizer.
 
     Raises:
-        ValueError: requests that choose no policy could not be served. Names the flag and the
-            field.
+        ValueError: two_phase cannot find its marker. Names the flag and the field.
     """
-    if policy.policy == "head" and default_head is None:
-        # One may be loaded at run time.
+    if policy.policy != "two_phase":
         return
     try:
-        resolve_options(policy, heads, default_head, tokenize_marker)
+        resolve_options(policy, {}, None, tokenize_marker)
     except OptionError as error:
         raise ValueError(f"{POLICY_FLAG}: {describe_error(error)}") from None
 

@@ -14,7 +14,6 @@ from adaptive_head.dtype import choose_dtype
 from adaptive_head.embedded_model import EMBEDDED_NAME, prepare
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.heads import SHIPPED_HEADS
-from adaptive_head.operator_policy import check_policy
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError, check_version, refuse_unsupported
 from adaptive_head.vllm.limits import DEFAULT_MAX_QUEUED, Limits, option_name
@@ -285,20 +284,14 @@ def name_heads(specifications: list[str]) -> dict[str, Path]:
 
 
 def check_heads(settings: AdaptiveSettings, model: Path) -> None:
-    """Find a wrong head, or a policy that it cannot serve, before the engine starts.
+    """Find a wrong head now rather than after the engine's start.
 
     The engine checks again; what only it can know (a model from the hub) is left to it.
     """
     is_verified = settings.verify_base and settings.heads and model.is_dir()
     fingerprint = fingerprint_model(model) if is_verified else None
-    heads = {
-        name: load_head(folder, fingerprint=fingerprint).metadata
-        for name, folder in settings.heads.items()
-    }
-    policy = settings.adaptive_policy
-    # A marker of two_phase needs the tokenizer, which the engine brings.
-    if policy is not None and policy.policy == "head":
-        check_policy(policy, heads, settings.resolved_default_head, None)
+    for folder in settings.heads.values():
+        load_head(folder, fingerprint=fingerprint)
 
 
 def is_v2_likely() -> bool:

@@ -15,7 +15,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.logger import init_logger
 
 from adaptive_head.checkpoint import read_metadata
-from adaptive_head.operator_policy import check_policy
+from adaptive_head.operator_policy import check_marker
 from adaptive_head.options import AdaptiveRequest
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
@@ -94,7 +94,7 @@ class AdaptiveEndpoints:
             HeadError: a head's `head.json` cannot be read, or its feature probe does not fit.
             TimeoutError: the engine has not answered a probe.
             ValueError: heads cannot be changed at run time as configured, see `read_admin_key`; or
-                `--adaptive-policy` does not go with the default head or the tokenizer.
+                `--adaptive-policy` does not fit the tokenizer.
         """
         config = engine_client.vllm_config
         require_engine_side(
@@ -110,7 +110,7 @@ class AdaptiveEndpoints:
         tokenizer = getattr(engine_client.renderer, "tokenizer", None)
         tokenize = tokenizer and partial(tokenizer.encode, add_special_tokens=False)
         policy = settings.adaptive_policy or AdaptiveRequest()
-        check_policy(policy, heads.by_name, heads.default, tokenize)
+        check_marker(policy, tokenize)
         metrics = AdaptiveMetrics(served_names[0], metadata)
         parallel = config.parallel_config
         admin_key = read_admin_key(

@@ -208,7 +208,7 @@ def test_snapshots_of_the_hub_are_links_to_blobs(tmp_path, start):
 def test_what_was_loaded_is_remembered(library):
     library.mkdir()
     assert HeadLibrary(library).read_loaded() == LoadedHeads()
-    loaded = LoadedHeads(heads={"a": "x/y"}, default="a", canaries={"a": ("b", 12.5)})
+    loaded = LoadedHeads(heads={"a": "x/y"}, default="a", canaries={"a": ("b", 12.5)}, override=0.6)
     HeadLibrary(library).write_loaded(loaded)
     assert HeadLibrary(library).read_loaded() == loaded
     assert [path.name for path in library.iterdir()] == [LOADED_FILE]

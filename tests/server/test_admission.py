@@ -1,7 +1,9 @@
 import pytest
 from vllm.exceptions import VLLMValidationError
 
+from adaptive_head.operator_policy import make_constant, read_policy
 from server.admission import admit
+from server.heads import Canary
 from server.protocol import AdaptiveChatCompletionRequest, AdaptiveCompletionRequest
 from server.report import current_report
 from tests.server.fakes import ADAPTER, MODEL, make_http_request, make_state
@@ -173,3 +175,95 @@ def test_a_seed_leaves_room_for_every_choice():
     error = refuse(temperature="adaptive", seed=largest - 1, n=3)
     assert error.parameter == "seed"
     assert str(largest - 2) in str(error)
+
+
+ENTROPY = read_policy({"policy": "entropy", "entropy": {"t0": 0.8, "theta": 0.3}, "scale": 0.5})
+
+
+def test_the_servers_policy_answers_where_a_request_chooses_none():
+    state = make_state(heads={}, policy=ENTROPY)
+    for fields in ({"temperature": "adaptive"}, {"model": f"{MODEL}:adaptive"}, {"adaptive": {}}):
+        options = try_admit(state, **fields)[0].report.options
+        assert (options.policy, options.parameters, options.scale) == ("entropy", (0.8, 0.3), 0.5)
+    report = try_admit(state, adaptive={"report": "tokens", "max": 0.4})[0].report
+    assert (report.detail, report.options.max, report.options.scale) == ("tokens", 0.4, 0.5)
+
+
+def test_a_request_may_choose_another_policy_or_a_head():
+    state = make_state(policy=ENTROPY)
+    for adaptive, name in [
+        ({"head": "seq"}, "seq"),
+        ({"policy": "head"}, "tok"),
+        ({"policy": "constant"}, "constant"),
+    ]:
+        options = try_admit(state, adaptive=adaptive)[0].report.options
+        assert (options.name, options.scale) == (name, 1.0)
+
+
+def test_a_policy_without_a_head_serves_adapters_by_default_too():
+    state = make_state(adaptive_by_default=True, policy=ENTROPY)
+    assert try_admit(state, model=ADAPTER)[1]
+    assert not try_admit(state, use_beam_search=True)[1]
+
+
+@pytest.mark.parametrize(
+    ("adaptive", "expected"),
+    [({}, 0.8), ({"max": 0.5}, 0.5), ({"max": 2.0}, 0.8), ({"policy": "constant"}, 0.8)],
+)
+def test_no_adaptive_temperature_is_above_the_highest(adaptive, expected):
+    state = make_state(max_temperature=0.8)
+    assert try_admit(state, adaptive=adaptive)[0].report.options.max == expected
+
+
+def test_a_canary_is_bounded_too():
+    state = make_state(max_temperature=0.8)
+    state.heads.set_canary("tok", Canary("seq", 100.0))
+    options = try_admit(state, temperature="adaptive")[0].report.options
+    assert (options.name, options.max) == ("seq", 0.8)
+
+
+def test_a_lowest_temperature_above_the_highest_is_refused_and_a_fixed_one_is_not():
+    state = make_state(max_temperature=0.8)
+    error = refuse(state, adaptive={"min": 0.9})
+    assert error.parameter == "adaptive.min"
+    assert "at most 0.8 (--adaptive-max of the server), got 0.9" in str(error)
+    request, is_adaptive = try_admit(state, temperature=1.5)
+    assert (request.temperature, is_adaptive) == (1.5, False)
+
+
+@pytest.mark.parametrize(
+    "adaptive", [{}, {"head": "seq", "max": 0.1}, {"policy": "entropy", "scale": 3.0}]
+)
+def test_an_override_answers_every_adaptive_request_and_no_other(adaptive):
+    state = make_state()
+    state.heads.override = make_constant(0.6)
+    report = try_admit(state, adaptive=adaptive)[0].report
+    assert report.options == make_constant(0.6)
+    report.begin_prompt()
+    described = report[0].describe(show_tokens=False)
+    assert (described["policy"], described["head"], described["override"]) == (
+        "constant",
+        None,
+        True,
+    )
+    assert all(head.num_holders == 0 for head in state.heads)
+    assert try_admit(state, temperature=0.3)[0].temperature == 0.3
+    state.heads.override = None
+    report = try_admit(state, adaptive=adaptive)[0].report
+    report.begin_prompt()
+    assert "override" not in report[0].describe(show_tokens=False)
+
+
+def test_a_request_for_the_overrides_own_constant_is_marked_while_it_is_on():
+    adaptive = {"policy": "constant", "constant": {"temperature": 0.6}}
+    state = make_state()
+    assert not try_admit(state, adaptive=adaptive)[0].report.is_override
+    state.heads.override = make_constant(0.6)
+    assert try_admit(state, adaptive=adaptive)[0].report.is_override
+
+
+def test_an_override_accepts_what_is_accepted_without_it():
+    state = make_state()
+    state.heads.override = make_constant(0.6)
+    assert refuse(state, adaptive={"head": "gone"}).parameter == "adaptive.head"
+    assert refuse(state, model=ADAPTER, temperature="adaptive").parameter == "model"

@@ -203,6 +203,57 @@ def test_requests_are_adaptive_by_default_only_where_a_head_can_answer(
     assert "--adaptive-default needs a --head" in refusal(model, "--adaptive-default")
 
 
+def test_the_policy_is_a_name_or_an_object(serve, model):
+    assert settings_of(serve(model)).adaptive_policy is None
+    assert settings_of(serve(model, "--adaptive-policy", "entropy")).adaptive_policy.policy == (
+        "entropy"
+    )
+    constant = '{"policy": "constant", "constant": {"temperature": 0.6}}'
+    policy = settings_of(serve(model, "--adaptive-policy", constant)).adaptive_policy
+    assert (policy.policy, policy.constant.temperature) == ("constant", 0.6)
+
+
+def test_with_a_policy_requests_are_adaptive_by_default_without_a_head(serve, refusal, model):
+    args = serve(model, "--adaptive-default", "--adaptive-policy=entropy")
+    assert settings_of(args).adaptive_by_default is True
+    assert "--adaptive-default needs a --head" in refusal(
+        model, "--adaptive-default", "--adaptive-policy=head"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("warm", "--adaptive-policy: must be one of head, entropy"),
+        ("", "--adaptive-policy: must be one of head, entropy"),
+        ("5", "--adaptive-policy: must be one of"),
+        ("{", "--adaptive-policy: not a JSON object: "),
+        ('{"policy": "warm"}', "--adaptive-policy: policy: Input should be 'head', 'entropy'"),
+        (
+            '{"policy": "entropy", "entropy": {"t0": 99}}',
+            "--adaptive-policy: entropy.t0: Input should be less than or equal to 10",
+        ),
+        ('{"policy": "entropy", "min": NaN}', "--adaptive-policy: min: "),
+        ('{"head": "a"}', "--adaptive-policy: head: leave it out; --default-head"),
+        ('{"temperature": 1}', "--adaptive-policy: temperature: unknown field; the fields are"),
+    ],
+)
+def test_a_wrong_policy_is_refused_with_flag_and_field(refusal, model, value, words):
+    assert words in refusal(model, f"--adaptive-policy={value}")
+
+
+def test_the_highest_temperature_is_a_temperature(serve, refusal, model):
+    assert settings_of(serve(model)).adaptive_max is None
+    assert settings_of(serve(model, "--adaptive-max", "0")).adaptive_max == 0.0
+    assert settings_of(serve(model, "--adaptive-max", 0.8)).adaptive_max == 0.8
+    for value in ("-0.1", "10.5", "nan", "inf", "warm", ""):
+        sentence = refusal(model, f"--adaptive-max={value}")
+        assert f"--adaptive-max {value}: must be a temperature, from 0 to 10" in sentence
+    policy = '{"policy": "entropy", "min": 0.5}'
+    sentence = refusal(model, "--adaptive-max=0.4", "--adaptive-policy", policy)
+    assert "--adaptive-policy: min: must be at most 0.4, the --adaptive-max, got 0.5" in sentence
+
+
 def test_the_request_log_is_tried_before_anything_starts(serve, refusal, model, tmp_path):
     assert settings_of(serve(model)).request_log is None
     assert settings_of(serve(model, "--request-log", "-")).request_log == "-"

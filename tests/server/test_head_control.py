@@ -20,6 +20,7 @@ from server.head_control import HeadControl
 from server.head_routes import ADMIN_KEY_HEADER, HEADS_PATH, make_head_router
 from server.heads import HeadRegistry
 from server.metrics import AdaptiveMetrics
+from server.override_routes import make_override_router
 from tests.server.fakes import make_report, make_state, sample
 
 KEY = "open sesame"
@@ -94,21 +95,31 @@ def setup(monkeypatch, save, folder):
     config = SimpleNamespace(model_config=model_config, additional_config={})
     heads = {name: save(name) for name in "ab"}
 
-    async def make(key=KEY):
+    async def make(key=KEY, max_temperature=None, **decided):
         metadata = {name: load_head(path).metadata for name, path in heads.items()}
         collected = CollectorRegistry()
         metrics = AdaptiveMetrics("smol", metadata, collected)
         registry = HeadRegistry(metadata, "a")
         engines = Engines(config, heads)
-        control = HeadControl(engines, registry, metrics, folder, key) if key else None
+        control = None
+        if key:
+            control = HeadControl(engines, registry, metrics, folder, key, max_temperature)
         app = FastAPI()
         app.include_router(make_head_router())
+        app.include_router(make_override_router())
         init_exception_handler(app)
         app.state.args = SimpleNamespace(log_error_stack=False)
-        state = make_state(metrics=metrics, control=control)
+        state = make_state(
+            metrics=metrics, control=control, max_temperature=max_temperature, **decided
+        )
         app.state.adaptive = dataclasses.replace(state, heads=registry)
         return SimpleNamespace(
-            app=app, engines=engines, metrics=collected, registry=registry, send=make_sender(app)
+            app=app,
+            engines=engines,
+            folder=folder,
+            metrics=collected,
+            registry=registry,
+            send=make_sender(app),
         )
 
     return make
@@ -117,10 +128,10 @@ def setup(monkeypatch, save, folder):
 def make_sender(app):
     transport = httpx.ASGITransport(app)
 
-    async def send(method, path="", body=None, key=KEY):
+    async def send(method, path="", body=None, key=KEY, root=HEADS_PATH):
         headers = {} if key is None else {ADMIN_KEY_HEADER: key}
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            return await client.request(method, HEADS_PATH + path, json=body, headers=headers)
+            return await client.request(method, root + path, json=body, headers=headers)
 
     return send
 

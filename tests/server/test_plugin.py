@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
+from adaptive_head.operator_policy import make_constant, read_policy
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError
 from server.handlers import AdaptiveServingResponses
@@ -53,10 +54,12 @@ def announced(caplog, monkeypatch):
     # vLLM's loggers do not propagate, which keeps them from caplog.
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
-    def run(args=ARGS, **state) -> str:
+    def run(args=ARGS, override=None, **state) -> str:
         caplog.clear()
         with caplog.at_level("INFO", logger="vllm"):
-            announce(make_state(**state), args)
+            made = make_state(**state)
+            made.heads.override = override
+            announce(made, args)
         return "\n".join(caplog.messages)
 
     return run
@@ -78,6 +81,16 @@ def test_the_announcement_does_not_hide_that_a_head_is_untrained(announced):
 
 def test_the_announcement_says_that_policies_work_without_heads(announced):
     assert "none; the learning-free policies work without" in announced(heads={})
+
+
+def test_the_announcement_says_what_the_operator_has_decided(announced):
+    text = announced()
+    assert "  policy " not in text and "  max " not in text and "OVERRIDE" not in text
+    policy = read_policy({"policy": "entropy", "entropy": {"t0": 0.8, "theta": 0.3}})
+    text = announced(policy=policy, max_temperature=0.9, override=make_constant(0.6))
+    assert '"policy":"entropy"' in text and '"t0":0.8' in text
+    assert "max     0.9" in text
+    assert "OVERRIDE: every adaptive request gets 0.6" in text
 
 
 def test_the_routes_are_those_of_vllm_and_the_list_of_heads():
