@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load, save_file
 
+from adaptive_head.abstention import Abstention
 from adaptive_head.files import git_sha, package_versions, read_bounded, replace_file
 from adaptive_head.head import AdaptiveHead, HeadConfig
 from adaptive_head.metadata import (
@@ -71,6 +72,10 @@ class LoadedHead(BaseModel):
     @property
     def select(self) -> Selection:
         return self.metadata.select
+
+    @property
+    def abstain(self) -> Abstention | None:
+        return self.metadata.abstain
 
 
 def save_head(

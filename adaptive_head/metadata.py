@@ -1,7 +1,7 @@
 """`head.json`: what a head chooses from, how, and which model it was made for.
 
 Format 2. Format 1 is read too, and `adaptive-head upgrade` rewrites it. The format has places for
-what this release does not serve yet: other kinds of head, choices with top-p and min-p, abstention.
+what this release does not serve yet: other kinds of head, choices with top-p and min-p.
 A file that uses one of them is refused, never served as something else.
 """
 
@@ -24,8 +24,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticSerializationError
 
+from adaptive_head.abstention import Abstention, Probability
 from adaptive_head.head import MAX_TEMPERATURE, HeadConfig, check_temperatures
-from adaptive_head.options import Level, Selection, Temperature, TokenId, quote
+from adaptive_head.options import Level, Selection, TokenId, quote
+from adaptive_head.parameters import Temperature
 
 FORMAT_VERSION: Final = 2
 
@@ -40,7 +42,6 @@ _MAX_VALUES = MAX_PROBE_PROMPTS * (MAX_PROBE_TOKENS + 2) + 1024
 _MAX_MESSAGE_LENGTH = 1000
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 _SHARES = TypeAdapter(dict[str, Share])
 
@@ -106,19 +107,6 @@ class Setting(_Described):
         return values if len(values) > 1 else self.temperature
 
 
-class Abstention(_Described):
-    """Below the threshold the head is too unsure, and a row gets the fallback instead.
-
-    Attributes:
-        statistic: what is compared: the largest probability, or how far the second largest is
-            below it.
-    """
-
-    threshold: Probability
-    fallback: Temperature
-    statistic: Literal["margin", "probability"]
-
-
 class FeatureProbe(_Described):
     """Short prompts, and the temperatures that the head is to give at their end.
 
@@ -158,7 +146,7 @@ class HeadMetadata(_Described):
     Attributes:
         choices: the K settings, in the order of the network's outputs.
         select: what a request gets that does not say it.
-        abstain: None where the head always answers.
+        abstain: None where the head always chooses.
         training: how it was trained; any JSON object.
     """
 
@@ -198,13 +186,6 @@ class HeadMetadata(_Described):
         check_temperatures(tuple(setting.temperature for setting in value))
         return value
 
-    @field_validator("abstain")
-    @classmethod
-    def _refuse_abstention(cls, value: Abstention | None) -> Abstention | None:
-        if value is not None:
-            raise ValueError("heads of this release cannot abstain; it must be null")
-        return value
-
     @property
     def temperatures(self) -> tuple[float, ...]:
         """The temperature of each choice."""
@@ -219,9 +200,11 @@ class HeadMetadata(_Described):
     def bounds(self) -> tuple[float, ...]:
         """What the temperatures that it serves are counted by, increasing.
 
-        Its choices, or the upper bounds of buckets where temperatures are continuous.
+        Its choices and its fallback, or the upper bounds of buckets where temperatures are
+        continuous.
         """
-        return bound_means(self.temperatures) if self.is_continuous else self.temperatures
+        served = {*self.temperatures, *([self.abstain.fallback] if self.abstain else ())}
+        return bound_means(served) if self.is_continuous else tuple(sorted(served))
 
     @property
     def config(self) -> HeadConfig:
@@ -232,9 +215,11 @@ class HeadMetadata(_Described):
     def training_shares(self) -> tuple[float, ...] | None:
         """What it would have served in training: the share of each of `bounds`; they add up to 1.
 
-        None where `training`, which is free in form, does not say so, and for a head whose default
-        is a draw.
+        None where `training`, which is free in form, does not say so, for a head whose default is
+        a draw, and for one that may abstain: the shares are those of its choices alone.
         """
+        if self.abstain is not None:
+            return None
         try:
             found = _SHARES.validate_python((self.training or {})[_SHARES_KEYS[self.select]])
             shares = tuple(found[str(bound)] for bound in self.bounds)

@@ -8,12 +8,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
+from adaptive_head.abstention import Abstention
 from adaptive_head.head import MAX_TEMPERATURE
+from adaptive_head.parameters import (
+    MAX_LIST_LEN,
+    ConstantParameters,
+    EntropyParameters,
+    ListParameters,
+    ScheduleParameters,
+    Strict,
+    Temperature,
+    TwoPhaseParameters,
+)
 
 Level = Literal["token", "sequence"]
-PolicyName = Literal["head", "entropy", "schedule", "two_phase", "constant"]
+PolicyName = Literal["head", "entropy", "schedule", "two_phase", "constant", "list"]
 Selection = Literal["argmax", "sample", "mean"]
 ReportDetail = Literal["none", "summary", "tokens"]
 
@@ -22,12 +33,12 @@ EXTRA_ARGS_KEY = "adaptive"
 # The engine compares so many tokens at every step of a two-phase request.
 MAX_MARKER_TOKENS = 8
 
-Temperature = Annotated[float, Field(ge=0.0, le=MAX_TEMPERATURE, allow_inf_nan=False)]
 Scale = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
 Parameter = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
 Generation = Annotated[int, Field(ge=0, strict=True)]
 Marker = Annotated[tuple[TokenId, ...], Field(max_length=MAX_MARKER_TOKENS)]
+Temperatures = Annotated[tuple[Temperature, ...], Field(max_length=MAX_LIST_LEN)]
 
 
 class OptionError(ValueError):
@@ -38,41 +49,7 @@ class OptionError(ValueError):
         self.field = field
 
 
-class _Strict(BaseModel):
-    # Strict: true is not the number 1, and "0.5" is not 0.5.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class EntropyParameters(_Strict):
-    """T = t0 * 0.8^(theta / H) with H in nats (EDT, arXiv 2403.14541)."""
-
-    t0: Temperature = 1.0
-    theta: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] = 1.0
-
-
-class ScheduleParameters(_Strict):
-    """From `start`, in a line, to `end` after `tokens` generated tokens."""
-
-    start: Temperature = 1.0
-    end: Temperature = 0.3
-    tokens: Annotated[int, Field(ge=1, le=10_000_000)] = 256
-
-
-class TwoPhaseParameters(_Strict):
-    """`thinking` until the model has written `marker`, then `answer`."""
-
-    thinking: Temperature = 1.0
-    answer: Temperature = 0.3
-    marker: Annotated[str, Field(min_length=1, max_length=64)] = "</think>"
-
-
-class ConstantParameters(_Strict):
-    """The control: one temperature for every token."""
-
-    temperature: Temperature = 0.7
-
-
-class AdaptiveRequest(_Strict):
+class AdaptiveRequest(Strict):
     """The `adaptive` object of a request."""
 
     head: str | None = Field(None, description="A loaded head; null means the default head.")
@@ -84,6 +61,11 @@ class AdaptiveRequest(_Strict):
         None,
         description="The likeliest temperature, a draw, or the mean; null means the head's own.",
     )
+    abstain: bool | None = Field(
+        None,
+        description="Whether the head's fallback holds where it is unsure; null means the head's "
+        "own way.",
+    )
     min: Temperature | None = Field(None, description="No temperature below this.")
     max: Temperature | None = Field(None, description="No temperature above this.")
     scale: Scale = Field(1.0, description="Multiplies the chosen temperature, before min and max.")
@@ -92,6 +74,7 @@ class AdaptiveRequest(_Strict):
     schedule: ScheduleParameters | None = None
     two_phase: TwoPhaseParameters | None = None
     constant: ConstantParameters | None = None
+    list: ListParameters | None = None
 
 
 class Head(Protocol):
@@ -103,6 +86,11 @@ class Head(Protocol):
     @property
     def select(self) -> Selection:
         """What a request gets that does not say it."""
+        ...
+
+    @property
+    def abstain(self) -> Abstention | None:
+        """When it gives a fallback instead of its choice; None where it always chooses."""
         ...
 
 
@@ -117,10 +105,11 @@ class Options:
     """A request's options once resolved: complete, and valid for the loaded heads.
 
     `parameters` are the policy's own: entropy (t0, theta), schedule (start, end, tokens),
-    two_phase (thinking, answer), constant (temperature,), head ().
+    two_phase (thinking, answer), constant (temperature,), list (), head (threshold, fallback,
+    statistic) where it may abstain (`Abstention.parameters`), else ().
     `name` labels answers and metrics: the head's name, or the policy's. A head's `generation` tells
     it from earlier ones of its name. `marker_token_ids`, in this order, end the thinking of
-    two_phase, `start_token_ids` begin it again; () is no marker.
+    two_phase, `start_token_ids` begin it again; () is no marker. `temperatures` are a list's.
     """
 
     policy: PolicyName
@@ -134,11 +123,17 @@ class Options:
     marker_token_ids: Marker = ()
     start_token_ids: Marker = ()
     generation: Generation = 0
+    temperatures: Temperatures = ()
 
     @property
     def is_continuous(self) -> bool:
         """Whether temperatures may be any number, and not only those of a table."""
-        return self.policy in ("entropy", "schedule") or self.select == "mean"
+        return self.policy in ("entropy", "schedule", "list") or self.select == "mean"
+
+    @property
+    def can_abstain(self) -> bool:
+        """Whether tokens may get a head's fallback."""
+        return self.policy == "head" and bool(self.parameters)
 
     def to_extra_args(self) -> dict[str, Any]:
         """The options as `SamplingParams.extra_args` carries them (plain, msgpack-able)."""
@@ -164,13 +159,22 @@ class Options:
         except ValidationError:
             raise refusal from None
         has_its_name = options.policy in ("head", options.name)
-        if not has_its_name or len(options.parameters) != _NUM_PARAMETERS[options.policy]:
+        has_its_list = bool(options.temperatures) == (options.policy == "list")
+        is_complete = len(options.parameters) in _NUM_PARAMETERS[options.policy]
+        if not (has_its_name and has_its_list and is_complete):
             raise refusal
         return options
 
 
 _OPTIONS = TypeAdapter(Options)
-_NUM_PARAMETERS = {"head": 0, "entropy": 2, "schedule": 3, "two_phase": 2, "constant": 1}
+_NUM_PARAMETERS: dict[PolicyName, tuple[int, ...]] = {
+    "head": (0, 3),
+    "entropy": (2,),
+    "schedule": (3,),
+    "two_phase": (2,),
+    "constant": (1,),
+    "list": (0,),
+}
 
 
 def parse_request(value: Any) -> AdaptiveRequest:
@@ -195,11 +199,12 @@ def parse_request(value: Any) -> AdaptiveRequest:
         raise OptionError(field, f"{message} (got {quote(first['input'])})") from None
 
 
-_PARAMETER_MODELS: dict[str, type[_Strict]] = {
+_PARAMETER_MODELS: dict[str, type[Strict]] = {
     "entropy": EntropyParameters,
     "schedule": ScheduleParameters,
     "two_phase": TwoPhaseParameters,
     "constant": ConstantParameters,
+    "list": ListParameters,
 }
 
 
@@ -230,11 +235,13 @@ def resolve_options(
     high = MAX_TEMPERATURE if request.max is None else request.max
     if low > high:
         raise OptionError("min", f"min {low:g} is above max {high:g}")
-    name, level, select = (
-        _resolve_head(request, heads, default_head)
-        if request.policy == "head"
-        else (request.policy, _resolve_policy_level(request), "argmax")
-    )
+    if request.policy == "head":
+        name, head = _find_head(request, heads, default_head)
+        level, select = head.level, request.select or head.select
+        parameters: tuple[float, ...] = resolve_abstention(request, name, head)
+    else:
+        name, level, select = request.policy, _resolve_policy_level(request), "argmax"
+        parameters = _resolve_parameters(request)
     markers: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
     if request.policy == "two_phase":
         marker = (request.two_phase or TwoPhaseParameters()).marker
@@ -247,26 +254,31 @@ def resolve_options(
         scale=request.scale,
         min=low,
         max=high,
-        parameters=_resolve_parameters(request),
+        parameters=parameters,
         marker_token_ids=markers[0],
         start_token_ids=markers[1],
+        temperatures=tuple(request.list.temperatures) if request.list else (),
     )
 
 
 def _refuse_misplaced(request: AdaptiveRequest) -> None:
     """An option that the chosen policy would ignore is a mistake of the client."""
     if request.policy != "head":
-        for field in ("head", "select"):
+        for field in ("head", "select", "abstain"):
             if getattr(request, field) is not None:
                 raise OptionError(field, f"{field} goes with policy head, not {request.policy}")
     for policy in _PARAMETER_MODELS:
         if policy != request.policy and getattr(request, policy) is not None:
             raise OptionError(policy, f"{policy} goes with policy {policy}, not {request.policy}")
+    if request.policy == "list" and request.list is None:
+        raise OptionError(
+            "list", 'policy list needs temperatures, such as {"temperatures": [0.2, 0.7]}'
+        )
 
 
-def _resolve_head(
+def _find_head(
     request: AdaptiveRequest, heads: Mapping[str, Head], default_head: str | None
-) -> tuple[str, Level, Selection]:
+) -> tuple[str, Head]:
     name = default_head if request.head is None else request.head
     loaded = ", ".join(sorted(heads)) or "none"
     if name is None:
@@ -277,11 +289,24 @@ def _resolve_head(
     head = heads[name]
     if request.level not in (None, head.level):
         raise OptionError("level", f"head {name!r} was made for level {head.level!r}")
-    return name, head.level, request.select or head.select
+    return name, head
+
+
+def resolve_abstention(request: AdaptiveRequest, name: str, head: Head) -> tuple[float, ...]:
+    """`Options.parameters` of a request to a head.
+
+    Raises:
+        OptionError: the request wants the head to abstain, and it has no fallback.
+    """
+    if request.abstain and head.abstain is None:
+        raise OptionError(
+            "abstain", f"head {name!r:.80} cannot abstain: it has no fallback; leave abstain out"
+        )
+    return () if head.abstain is None or request.abstain is False else head.abstain.parameters
 
 
 def _resolve_policy_level(request: AdaptiveRequest) -> Level:
-    if request.level == "sequence" and request.policy in ("schedule", "two_phase"):
+    if request.level == "sequence" and request.policy in ("schedule", "two_phase", "list"):
         raise OptionError("level", f"policy {request.policy} has level token only")
     return request.level or "token"
 
@@ -299,7 +324,7 @@ def _resolve_parameters(request: AdaptiveRequest) -> tuple[float, ...]:
             return two_phase.thinking, two_phase.answer
         case "constant":
             return ((request.constant or ConstantParameters()).temperature,)
-        case "head":
+        case "list" | "head":
             return ()
 
 

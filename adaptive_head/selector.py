@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from adaptive_head import policies
+from adaptive_head.abstention import find_unsure
 from adaptive_head.decision import MILLION
 from adaptive_head.head import AdaptiveHead, gumbel_noise, select_argmax, select_mean, select_sample
 from adaptive_head.slots import ORDINARY, Column, PolicyIndex, SelectionIndex, SlotTable, to_micro
@@ -72,6 +73,7 @@ class TemperatureSelector(SlotTable):
             PolicyIndex.SCHEDULE: self._schedule,
             PolicyIndex.TWO_PHASE: self._two_phase,
             PolicyIndex.CONSTANT: self._constant,
+            PolicyIndex.LIST: self._list,
         }
         super().__init__(heads, num_slots, device)
 
@@ -109,6 +111,14 @@ class TemperatureSelector(SlotTable):
         if is_sequence_np.any():
             temperatures = self._keep_sequence_choice(step, options, temperatures)
         return temperatures
+
+    def find_abstained(self, step: Step) -> torch.Tensor | None:
+        """Which rows of a step that `select` has seen got their head's fallback.
+
+        Returns:
+            bool [rows] on the device, or None where no head of theirs may abstain.
+        """
+        return self.has_abstained[step.slots] if self.can_abstain(step.slots_np) else None
 
     def _find_chosen(self, step: Step, is_sequence_np: np.ndarray) -> torch.Tensor | None:
         """The temperatures where every row's was chosen in an earlier step, and nothing is left to
@@ -161,6 +171,17 @@ class TemperatureSelector(SlotTable):
                 is_mean = selections == SelectionIndex.MEAN
                 temperatures = torch.where(is_mean, select_mean(logits, table), temperatures)
                 is_counted &= ~is_mean
+            if self.can_abstain(step.slots_np):
+                is_unsure = find_unsure(
+                    logits, options[:, Column.THRESHOLD], options[:, Column.STATISTIC]
+                )
+                temperatures = torch.where(is_unsure, options[:, Column.FALLBACK], temperatures)
+                is_counted &= ~is_unsure
+                # At the token level it is what holds for the latest token.
+                is_open = self.chosen[step.slots].isnan()
+                self.has_abstained[step.slots] = torch.where(
+                    is_open, is_unsure, self.has_abstained[step.slots]
+                )
             self.counts[index].index_add_(0, choice, is_counted.long())
             return temperatures
 
@@ -193,6 +214,12 @@ class TemperatureSelector(SlotTable):
     @staticmethod
     def _constant(_step: Step, options: torch.Tensor) -> torch.Tensor:
         return options[:, Column.PARAMETER_0]
+
+    def _list(self, step: Step, options: torch.Tensor) -> torch.Tensor:
+        num_generated = step.positions + 1 - step.prompt_lens
+        return policies.list_temperature(
+            num_generated, self.lists[step.slots], options[:, Column.LIST_LEN]
+        )
 
     @staticmethod
     def _forgotten(_step: Step, options: torch.Tensor) -> torch.Tensor:

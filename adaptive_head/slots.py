@@ -8,6 +8,7 @@ one stream at a time: `flush`, `start_phase`, `park` and `restore` come between 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +16,18 @@ import torch
 from adaptive_head.decision import MILLION
 from adaptive_head.head import MAX_NUM_TEMPERATURES, AdaptiveHead
 from adaptive_head.options import Options, PolicyName
+from adaptive_head.parameters import MAX_LIST_LEN
 from adaptive_head.phases import PhaseTracker
-from adaptive_head.transfer import upload
+from adaptive_head.transfer import copy_over, upload
 
 ORDINARY = -1
 
 
 class Column(IntEnum):
-    """Columns of the table of options, one row a slot."""
+    """Columns of the table of options, one row per slot.
+
+    Heads and lists have names of their own for the policy's parameters.
+    """
 
     IS_SEQUENCE = 0
     SELECTION = 1
@@ -32,6 +37,12 @@ class Column(IntEnum):
     PARAMETER_0 = 5
     PARAMETER_1 = 6
     PARAMETER_2 = 7
+
+    # 0 where the head always chooses.
+    THRESHOLD = PARAMETER_0
+    FALLBACK = PARAMETER_1
+    STATISTIC = PARAMETER_2
+    LIST_LEN = PARAMETER_0
 
 
 class SelectionIndex(IntEnum):
@@ -49,7 +60,8 @@ class PolicyIndex(IntEnum):
     SCHEDULE = 1
     TWO_PHASE = 2
     CONSTANT = 3
-    FIRST_HEAD = 4
+    LIST = 4
+    FIRST_HEAD = 5
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,18 @@ class HeadCounts:
     name: str
     generation: int
     counts: dict[float, int]
+
+
+class ParkedChoice(NamedTuple):
+    """What a request that leaves its slot has to find again in another one; on the device.
+
+    Attributes:
+        chosen: float32, 0-d, the sequence-level choice; NaN where there is none.
+        has_abstained: bool, 0-d, whether it is the head's fallback.
+    """
+
+    chosen: torch.Tensor
+    has_abstained: torch.Tensor
 
 
 class SlotTable:
@@ -75,6 +99,9 @@ class SlotTable:
         options: float32 [slots, columns].
         seeds: int64 [slots].
         chosen: float32 [slots], what a sequence-level request has chosen, NaN until it has.
+        has_abstained: bool [slots], whether that is the head's fallback. `TemperatureSelector`
+            keeps here the same of a token-level request's latest token.
+        lists: float32 [slots, 4096], the temperatures of the requests of policy list.
         phases: of the two-phase requests.
         counts: int64 [indices, 64], how often each head has chosen each of its temperatures.
     """
@@ -89,6 +116,7 @@ class SlotTable:
             ("schedule", "schedule", 0): PolicyIndex.SCHEDULE,
             ("two_phase", "two_phase", 0): PolicyIndex.TWO_PHASE,
             ("constant", "constant", 0): PolicyIndex.CONSTANT,
+            ("list", "list", 0): PolicyIndex.LIST,
         }
         self._num_indices = int(PolicyIndex.FIRST_HEAD)
         self._temperatures: dict[int, tuple[float, ...]] = {}
@@ -98,11 +126,14 @@ class SlotTable:
         self._policy_np = np.full(num_slots, ORDINARY, dtype=np.int32)
         self._seeds_np = np.zeros(num_slots, dtype=np.int64)
         self._staged: set[int] = set()
+        self._staged_lists: dict[int, np.ndarray] = {}
 
         self.policies = torch.full((num_slots,), ORDINARY, dtype=torch.int32, device=device)
         self.options = torch.zeros((num_slots, len(Column)), device=device)
         self.seeds = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.chosen = torch.full((num_slots,), torch.nan, device=device)
+        self.has_abstained = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        self.lists = torch.zeros((num_slots, MAX_LIST_LEN), device=device)
         self.phases = PhaseTracker(num_slots, device)
         for name, head in heads.items():
             self.add_head(name, 0, head)
@@ -140,8 +171,8 @@ class SlotTable:
         """How often each head has chosen each of its temperatures.
 
         Before scale and bounds: once per token, or once per answer at the sequence level. A mean
-        is none of them and is not counted. Waits for the device; for operators and tests, not for
-        a step.
+        or a fallback is none of them and is not counted. Waits for the device; for operators and
+        tests, not for a step.
         """
         counts = self.counts.tolist()
         return [
@@ -166,6 +197,8 @@ class SlotTable:
         self.options = torch.cat([self.options, torch.zeros_like(self.options)])
         self.seeds = torch.cat([self.seeds, torch.zeros_like(self.seeds)])
         self.chosen = torch.cat([self.chosen, torch.full_like(self.chosen, torch.nan)])
+        self.has_abstained = torch.cat([self.has_abstained, torch.zeros_like(self.has_abstained)])
+        self.lists = torch.cat([self.lists, torch.zeros_like(self.lists)])
         self.phases.grow()
         return range(num_slots, 2 * num_slots)
 
@@ -182,6 +215,7 @@ class SlotTable:
         Raises:
             KeyError: the options name a head that is not loaded.
         """
+        self._staged_lists.pop(slot, None)
         if options is None:
             # Most slots never see an adaptive request, and then cost nothing.
             if self._policy_np[slot] != ORDINARY:
@@ -200,6 +234,9 @@ class SlotTable:
         self._policy_np[slot] = policy
         self._seeds_np[slot] = np.random.randint(1 << 63) if seed is None else _wrap_seed(seed)
         self._staged.add(slot)
+        if policy == PolicyIndex.LIST:
+            self._options_np[slot, Column.LIST_LEN] = len(options.temperatures)
+            self._staged_lists[slot] = np.array(options.temperatures, dtype=np.float32)
         if policy == PolicyIndex.TWO_PHASE:
             self.phases.add(slot, options.marker_token_ids, options.start_token_ids)
         return True
@@ -215,6 +252,10 @@ class SlotTable:
         self.options.index_copy_(0, slots, upload(self._options_np[slots_np], self.device))
         self.seeds.index_copy_(0, slots, upload(self._seeds_np[slots_np], self.device))
         self.chosen.index_fill_(0, slots, torch.nan)
+        self.has_abstained.index_fill_(0, slots, False)
+        for slot, temperatures in self._staged_lists.items():
+            copy_over(temperatures, self.lists[slot, : len(temperatures)])
+        self._staged_lists.clear()
         self.phases.flush()
 
     def is_adaptive(self, slot: int) -> bool:
@@ -226,6 +267,11 @@ class SlotTable:
         of them holds an ordinary request."""
         return sorted(set(self._policy_np[slots_np].tolist()))
 
+    def can_abstain(self, slots_np: np.ndarray) -> bool:
+        """Whether the head of one of these slots' requests may abstain."""
+        has_threshold = self._options_np[slots_np, Column.THRESHOLD] > 0
+        return bool((has_threshold & (self._policy_np[slots_np] >= PolicyIndex.FIRST_HEAD)).any())
+
     def start_phase(self, slot: int, token_ids: list[int]) -> None:
         """Tell a two-phase request what its context already holds: is the thinking over?
 
@@ -235,13 +281,14 @@ class SlotTable:
         if self._policy_np[slot] == PolicyIndex.TWO_PHASE:
             self.phases.start_phase(slot, token_ids)
 
-    def park(self, slot: int) -> torch.Tensor:
-        """The sequence-level choice of a request that leaves its slot; float32, 0-d, on device."""
-        return self.chosen[slot].clone()
+    def park(self, slot: int) -> ParkedChoice:
+        """The sequence-level choice of a request that leaves its slot."""
+        return ParkedChoice(self.chosen[slot].clone(), self.has_abstained[slot].clone())
 
-    def restore(self, slot: int, chosen: torch.Tensor) -> None:
+    def restore(self, slot: int, parked: ParkedChoice) -> None:
         """Give a resumed request its earlier choice back. Call after `flush`."""
-        self.chosen[slot].copy_(chosen)
+        self.chosen[slot].copy_(parked.chosen)
+        self.has_abstained[slot].copy_(parked.has_abstained)
 
     def _make_counts(self, num_indices: int) -> torch.Tensor:
         shape = (num_indices, MAX_NUM_TEMPERATURES)

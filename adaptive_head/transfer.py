@@ -10,3 +10,10 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def copy_over(array: np.ndarray, tensor: torch.Tensor) -> None:
+    """Copy an array into a tensor of its shape, without memory of the device's for it."""
+    source = torch.from_numpy(array)
+    is_on_host = tensor.device.type == "cpu"
+    tensor.copy_(source if is_on_host else source.pin_memory(), non_blocking=True)

@@ -43,7 +43,8 @@ async def check_features(engine_client: EngineClient, head: ServedHead) -> None:
         return
     reason = find_unreadable(probe, config.get_vocab_size(), config.max_model_len - 1)
     if reason is None:
-        request = AdaptiveRequest(head=head.name, select="mean")
+        # What is compared is the distribution, which a fallback would hide.
+        request = AdaptiveRequest(head=head.name, select="mean", abstain=False)
         options = resolve_options(request, {head.name: head}, None)
         options = replace(options, generation=head.generation)
         found = await _ask(engine_client, options, probe.prompts)

@@ -7,8 +7,9 @@ from types import MappingProxyType
 
 from vllm.exceptions import VLLMNotFoundError
 
+from adaptive_head.abstention import Abstention
 from adaptive_head.checkpoint import HeadMetadata
-from adaptive_head.options import AdaptiveRequest, Level, Options, Selection
+from adaptive_head.options import AdaptiveRequest, Level, Options, Selection, resolve_abstention
 
 
 @dataclass(eq=False)
@@ -34,6 +35,10 @@ class ServedHead:
     @property
     def select(self) -> Selection:
         return self.metadata.select
+
+    @property
+    def abstain(self) -> Abstention | None:
+        return self.metadata.abstain
 
 
 @dataclass(frozen=True)
@@ -128,11 +133,12 @@ class HeadRegistry:
 
         Args:
             options: resolved against `by_name`.
-            request: as the client sent it. If it insists on a level, no canary of another answers.
+            request: as the client sent it. If it insists on a level or on abstention, no canary
+                without answers.
             seed: the request's own: the same seed is answered by the same head.
 
         Returns:
-            The options with that head's name, level and generation, and the head, which the
+            The options with that head's name, generation and own ways, and the head, which the
             request must hold until it is over; None for a policy without one. `override` itself
             where there is one.
         """
@@ -146,7 +152,9 @@ class HeadRegistry:
             draw = (
                 random.random() if seed is None else random.Random(f"{head.name} {seed}").random()
             )
-            if 100 * draw < canary.percent and request.level in (None, other.level):
+            has_level = request.level in (None, other.level)
+            can_answer = has_level and (other.abstain is not None or not request.abstain)
+            if 100 * draw < canary.percent and can_answer:
                 head = other
         if (head.name, head.generation) != (options.name, options.generation):
             options = replace(
@@ -154,6 +162,7 @@ class HeadRegistry:
                 name=head.name,
                 level=head.level,
                 select=request.select or head.select,
+                parameters=resolve_abstention(request, head.name, head),
                 generation=head.generation,
             )
         return options, head

@@ -301,10 +301,6 @@ def test_metadata_that_is_not_a_json_object_is_refused(folder, content, complain
             {"choices": [0.0, 0.5, {"temperature": 1.0, "top_p": 0.9}]},
             "choices: this release serves choices of temperatures only, and number 2 has a top_p",
         ),
-        (
-            {"abstain": {"threshold": 0.4, "fallback": 0.6, "statistic": "margin"}},
-            "abstain: heads of this release cannot abstain; it must be null",
-        ),
     ],
 )
 def test_what_this_release_cannot_serve_is_refused_and_never_ignored(folder, changes, complaint):
@@ -395,6 +391,41 @@ def test_a_head_that_serves_means_is_counted_in_buckets():
     grid = [float(f"0.{tenth}") for tenth in range(10)] + [float(f"1.{t}") for t in range(10)]
     assert metadata.is_continuous
     assert metadata.bounds == tuple(sorted([*grid, 2.0, 0.35, 2.5]))
+
+
+ABSTAIN = {"threshold": 0.4, "fallback": 0.6, "statistic": "margin"}
+
+
+def test_a_head_that_may_abstain_is_read_again(folder):
+    change_json(folder, abstain=ABSTAIN)
+    head = load_head(folder)
+    assert head.abstain.parameters == (0.4, 0.6, 0.0)
+    assert head.metadata.model_dump(mode="json")["abstain"] == ABSTAIN
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"threshold": 1.01}, "abstain.threshold: Input should be less than or equal to 1"),
+        ({"threshold": -0.1}, "abstain.threshold: Input should be greater than or equal to 0"),
+        ({"fallback": 10.5}, "abstain.fallback: Input should be less than or equal to 10"),
+        ({"fallback": None}, "abstain.fallback: Input should be a valid number"),
+        ({"statistic": "entropy"}, "abstain.statistic: Input should be 'margin' or 'probability'"),
+        ({"surprise": 1}, "abstain.surprise: Extra inputs are not permitted"),
+    ],
+)
+def test_a_wrong_abstention_is_refused_with_its_field(folder, changes, complaint):
+    change_json(folder, abstain=ABSTAIN | changes)
+    assert f"head.json: {complaint}" in refusal(folder)
+
+
+def test_a_fallback_is_counted_and_leaves_no_shares_of_training():
+    training = {"temperature_shares": {"0.0": 0.25, "1.0": 0.75}}
+    head = describe_head(choices=(0.0, 1.0), abstain=ABSTAIN, training=training)
+    assert head.bounds == (0.0, 0.6, 1.0)
+    assert head.training_shares is None
+    means = describe_head(choices=(0.0, 1.0), select="mean", abstain=ABSTAIN | {"fallback": 3.5})
+    assert means.bounds[-2:] == (2.0, 3.5)
 
 
 def test_shares_of_training_are_those_of_what_is_served():

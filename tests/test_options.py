@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptive_head.abstention import Abstention
 from adaptive_head.options import OptionError, Options, parse_request, quote, resolve_options
 
 
 class FakeHead(NamedTuple):
     level: str
     select: str = "argmax"
+    abstain: Abstention | None = None
 
 
 HEADS = {"default": FakeHead("token"), "whole": FakeHead("sequence")}
@@ -70,6 +72,8 @@ VALID = [
     {"min": 0.5, "max": 0.5},
     {"scale": 10.0},
     {"scale": 1e-6},
+    {"abstain": None},
+    {"abstain": False},
     {"report": "none"},
     {"report": "summary"},
     {"report": "tokens"},
@@ -84,6 +88,8 @@ VALID = [
     {"policy": "constant", "level": "sequence"},
     {"policy": "constant", "constant": {"temperature": 0.0}},
     {"policy": "constant", "constant": {"temperature": 10.0}},
+    {"policy": "list", "list": {"temperatures": [0]}},
+    {"policy": "list", "level": "token", "list": {"temperatures": [0.0, 10.0] * 2048}},
 ]
 
 
@@ -118,6 +124,9 @@ INVALID = [
     ("two_phase.marker", "two_phase", ["", "x" * 65, "\ud800", None, 7, True, "</nine>", "</>"]),
     ("constant", "constant", [0.7, [], True]),
     ("constant.temperature", "constant", [None, *NOT_TEMPERATURES]),
+    ("abstain", "head", [True, 1, 0.5, "true", {}, []]),
+    ("list", "list", [None, [0.7], 0.7, True]),
+    ("list.temperatures", "list", [None, [], 0.7, "0.7", {}, (0.7,), [0.7] * 4097]),
 ]
 
 
@@ -212,9 +221,10 @@ def test_a_level_that_the_head_was_not_made_for_is_refused():
     assert refusal({"level": "token", "head": "whole"}).field == "level"
 
 
-@pytest.mark.parametrize("policy", ["schedule", "two_phase"])
+@pytest.mark.parametrize("policy", ["schedule", "two_phase", "list"])
 def test_a_policy_that_changes_along_the_answer_has_no_sequence_level(policy):
-    error = refusal({"policy": policy, "level": "sequence"})
+    given = {"list": {"list": {"temperatures": [0.7]}}}.get(policy, {})
+    error = refusal({"policy": policy, "level": "sequence"} | given)
     assert error.field == "level"
     assert policy in str(error)
 
@@ -258,6 +268,7 @@ def test_a_request_without_select_gets_the_heads_own(own):
         ({"policy": "schedule"}, True),
         ({"policy": "two_phase"}, False),
         ({"policy": "constant"}, False),
+        ({"policy": "list", "list": {"temperatures": [0.7]}}, True),
     ],
 )
 def test_some_temperatures_are_of_no_table(value, is_continuous):
@@ -265,7 +276,10 @@ def test_some_temperatures_are_of_no_table(value, is_continuous):
 
 
 @pytest.mark.parametrize("policy", ["entropy", "schedule", "two_phase", "constant"])
-@pytest.mark.parametrize(("field", "value"), [("head", "default"), ("select", "argmax")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("head", "default"), ("select", "argmax"), ("abstain", True), ("abstain", False)],
+)
 def test_the_head_s_options_are_refused_with_another_policy(policy, field, value):
     error = refusal({"policy": policy, field: value})
     assert error.field == field
@@ -322,6 +336,48 @@ def test_markers_travel_as_lists():
 
 def test_two_phase_without_a_tokenizer_is_refused():
     assert refusal({"policy": "two_phase"}, tokenizer=None).field == "policy"
+
+
+ABSTAINING = FakeHead("token", "mean", Abstention(threshold=0.25, fallback=0.6, statistic="margin"))
+
+
+@pytest.mark.parametrize(
+    ("value", "can_abstain"), [({}, True), ({"abstain": True}, True), ({"abstain": False}, False)]
+)
+def test_a_head_abstains_in_its_own_way_unless_it_is_told_not_to(value, can_abstain):
+    options = resolve(value, {"default": ABSTAINING})
+    assert options.can_abstain == can_abstain
+    assert options.parameters == ((0.25, 0.6, 0.0) if can_abstain else ())
+    assert Options.from_extra_args(options.to_extra_args()) == options
+
+
+def test_a_head_without_a_fallback_cannot_be_asked_to_abstain():
+    error = refusal({"abstain": True})
+    assert error.field == "abstain"
+    assert "head 'default' cannot abstain" in str(error)
+
+
+def test_a_wrong_entry_of_a_list_is_named():
+    value = {"policy": "list", "list": {"temperatures": [0.1, 0.2, 10.5, "x"]}}
+    error = refusal(value)
+    assert error.field == "list.temperatures.2"
+    assert "less than or equal to 10" in str(error)
+
+
+def test_the_lengths_of_lists_are_stated():
+    for temperatures, limit in (([], "at least 1"), ([0.7] * 5000, "at most 4096")):
+        error = refusal({"policy": "list", "list": {"temperatures": temperatures}})
+        assert limit in str(error)
+
+
+def test_a_list_travels_with_its_options():
+    options = resolve({"policy": "list", "list": {"temperatures": [0.5, 1]}})
+    assert (options.name, options.level, options.temperatures) == ("list", "token", (0.5, 1.0))
+    assert Options.from_extra_args(options.to_extra_args()) == options
+    for wrong in ([], [11.0], [0.7] * 4097):
+        entry = options.to_extra_args()["adaptive"] | {"temperatures": wrong}
+        with pytest.raises(OptionError):
+            Options.from_extra_args({"adaptive": entry})
 
 
 temperatures = st.floats(0.0, 10.0)

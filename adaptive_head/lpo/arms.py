@@ -21,7 +21,8 @@ from adaptive_head.dtype import choose_dtype
 from adaptive_head.head import AdaptiveHead, HeadConfig
 from adaptive_head.lpo.experiment import Experiment, derive_seed, digest
 from adaptive_head.lpo.records import DataError, Prompt, Response
-from adaptive_head.options import AdaptiveRequest, ConstantParameters
+from adaptive_head.options import AdaptiveRequest
+from adaptive_head.parameters import ConstantParameters
 
 ArmKind = Literal["fixed", "train", "head", "self", "entropy", "meanshift", "shuffled"]
 ResponseKey = tuple[str, int]

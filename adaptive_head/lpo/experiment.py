@@ -19,7 +19,8 @@ from pydantic import (
 from adaptive_head.head import check_temperatures
 from adaptive_head.lpo.records import DataError
 from adaptive_head.lpo.rewards import RewardConfig
-from adaptive_head.options import EntropyParameters, Level, Temperature
+from adaptive_head.options import Level
+from adaptive_head.parameters import EntropyParameters, Temperature
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]

@@ -10,12 +10,13 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 from vllm.v1.worker.gpu.states import RequestState
 
+from adaptive_head.slots import ParkedChoice
 from adaptive_head.vllm.compat import check_parameters
 from adaptive_head.vllm.heads import read_options
 from adaptive_head.vllm.kernels import Batch, scale_logits
 from adaptive_head.vllm.ranks import adopt_choices
 from adaptive_head.vllm.selector_v2 import DeviceSelector, SelectedStep
-from adaptive_head.vllm.wire import DecisionTensors
+from adaptive_head.vllm.wire import DecisionTensors, pack_decisions
 
 check_parameters(LogitsProcessor.add_request, "self", "req_idx", "sampling_params")
 check_parameters(LogitsProcessor.apply_staged_writes, "self")
@@ -42,7 +43,7 @@ class AdaptiveTemperature(LogitsProcessor):
         self._seeds = seeds
         self.selector = selector
         # Sequence-level choices of preempted requests, by request id.
-        self._parked: dict[str, torch.Tensor] = {}
+        self._parked: dict[str, ParkedChoice] = {}
         self._step: SelectedStep | None = None
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
@@ -57,8 +58,8 @@ class AdaptiveTemperature(LogitsProcessor):
         """Tell a request that entered `slot` what came before: its text, and its choice."""
         if self.selector.is_adaptive(slot):
             self.selector.start_phase(slot, token_ids)
-            if (chosen := self._parked.pop(req_id, None)) is not None:
-                self.selector.restore(slot, chosen)
+            if (parked := self._parked.pop(req_id, None)) is not None:
+                self.selector.restore(slot, parked)
 
     def park(self, req_id: str, slot: int | None) -> None:
         """Keep the choice of a request that is preempted."""
@@ -111,7 +112,8 @@ class AdaptiveTemperature(LogitsProcessor):
         if self._step is None:
             return None
         self._step.end(num_sampled)
-        return DecisionTensors(self._step.micros.unsqueeze(1), self._step.batch.starts_np)
+        decisions = pack_decisions(self._step.micros, self._step.find_abstained())
+        return DecisionTensors(decisions, self._step.batch.starts_np)
 
     def _describe(self, batch: InputBatch) -> Batch:
         return Batch(

@@ -23,7 +23,7 @@ from adaptive_head.selector import Step, TemperatureSelector
 from adaptive_head.slots import to_micro
 from adaptive_head.vllm.compat import UnsupportedError, check_parameters
 from adaptive_head.vllm.heads import read_options
-from adaptive_head.vllm.wire import DecisionLists
+from adaptive_head.vllm.wire import DecisionLists, pack_decisions
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Stock
@@ -49,14 +49,18 @@ class AdaptiveSamplerV1(Sampler):
         # Everything of the coming step but its logits; None for an ordinary batch.
         self.step: dict[str, Any] | None = None
         self.temperatures: torch.Tensor | None = None
+        # Rows with a head's fallback; None where there can be none.
+        self.is_abstained: torch.Tensor | None = None
 
     def sample(
         self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.step is not None:
-            temperatures = self._selector.select(Step(logits=logits, **self.step))
+            step = Step(logits=logits, **self.step)
+            temperatures = self._selector.select(step)
             assert temperatures is not None and sampling_metadata.temperature is not None
             self.temperatures = temperatures
+            self.is_abstained = self._selector.find_abstained(step)
             fixed = sampling_metadata.temperature
             sampling_metadata = dataclasses.replace(
                 sampling_metadata,
@@ -155,9 +159,10 @@ class AdaptiveRunnerV1(_Stock):
             self.sampler.step = self._prepare_step(state.sample_hidden_states)
             output = super().sample_tokens(grammar_output)
             micros = to_micro(self.sampler.temperatures)
-            output.sampling_masks = DecisionLists(micros.unsqueeze(1).numpy())
+            decisions = pack_decisions(micros, self.sampler.is_abstained)
+            output.sampling_masks = DecisionLists(decisions.numpy())
         finally:
-            self.sampler.step = self.sampler.temperatures = None
+            self.sampler.step = self.sampler.temperatures = self.sampler.is_abstained = None
         return output
 
     def _prepare_step(self, hidden: torch.Tensor) -> dict[str, Any]:

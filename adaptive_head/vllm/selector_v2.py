@@ -9,6 +9,7 @@ from adaptive_head.head import AdaptiveHead
 from adaptive_head.slots import ORDINARY, PolicyIndex, SlotTable
 from adaptive_head.vllm.head_runner import HeadRunner, HiddenRows, SideStream
 from adaptive_head.vllm.kernels import (
+    FALLBACK_PICK,
     Batch,
     Choices,
     choose_by_entropy,
@@ -91,7 +92,8 @@ class DeviceSelector(SlotTable):
                     choose_by_head(choices, batch, self, index, scores, runner.temperatures)
             if not is_late:
                 commit(choices, batch, self, None)
-        return SelectedStep(self, batch, choices, self._stream, has_entropy, is_late)
+        can_abstain = self.can_abstain(batch.slots_np)
+        return SelectedStep(self, batch, choices, self._stream, has_entropy, is_late, can_abstain)
 
     def warm_up(self, vocab_size: int) -> None:
         """Compile every kernel, which would otherwise hold up the first requests. Slot 0 is empty.
@@ -138,6 +140,7 @@ class SelectedStep:
         stream: SideStream,
         has_entropy: bool,
         is_late: bool,
+        can_abstain: bool,
     ) -> None:
         self.batch = batch
         self.micros = choices.micros
@@ -146,6 +149,7 @@ class SelectedStep:
         self._stream = stream
         self._has_entropy = has_entropy
         self._is_late = is_late
+        self._can_abstain = can_abstain
 
     def join(self) -> None:
         """Let the current stream wait for the choices."""
@@ -155,6 +159,10 @@ class SelectedStep:
         """Choose for the rows that waited for their logits, float32 [some rows, vocabulary]."""
         if self._has_entropy:
             choose_by_entropy(self._choices, self.batch.row_slots, self._table, logits, first_row)
+
+    def find_abstained(self) -> torch.Tensor | None:
+        """Which rows got their head's fallback: bool [rows], or None where no head may abstain."""
+        return self._choices.picks == FALLBACK_PICK if self._can_abstain else None
 
     def end(self, num_sampled: torch.Tensor) -> None:
         """Move the slots on.

@@ -20,7 +20,7 @@ import torch
 from vllm.outputs import CompletionOutput
 from vllm.v1.outputs import SamplingMaskLists
 
-from adaptive_head.decision import Decision
+from adaptive_head.decision import NOT_SET, Decision, DecisionFlag
 from adaptive_head.slots import ORDINARY
 from adaptive_head.vllm.compat import check_parameters
 
@@ -30,6 +30,8 @@ check_parameters(SamplingMaskLists.slice_request, "self", "req_idx", "num_positi
 # A decision before it is worth an object: most are equal to the one before.
 Row = tuple[int, ...]
 _NO_DECISION = Decision(ORDINARY)
+# Of all fields but the temperature, which has none.
+_DEFAULTS = Decision(0)[1:]
 _MAX_RECORD_LEN = 1 + len(Decision._fields)
 
 
@@ -40,7 +42,7 @@ class DecisionLists:
     Attributes:
         decisions: int32 [rows, num_fields], the first fields of a `Decision` as far as any row of
             the step needs them; the temperature of an ordinary request is ORDINARY. Rows of
-            rejected drafts are included, and nobody asks for them.
+            rejected drafts are included, and nobody asks for them. See `pack_decisions`.
         starts: int [num_requests + 1], each request's first row; None where all have one row.
     """
 
@@ -49,7 +51,12 @@ class DecisionLists:
 
     @cached_property
     def _rows(self) -> list[Row]:
-        return [*map(tuple, self.decisions.tolist())]
+        rows: list[Row] = [*map(tuple, self.decisions.tolist())]
+        if (num_others := self.decisions.shape[1] - 1) == 0:
+            return rows
+        # The same decision is the same row, whatever else is in its step: it is not sent again.
+        defaults = _DEFAULTS[:num_others]
+        return [row[:1] if row[1:] == defaults else row for row in rows]
 
     def get(self, req_idx: int, num_positions: int) -> list[Row] | None:
         """The decisions of one request's new tokens; None for an ordinary request.
@@ -60,6 +67,23 @@ class DecisionLists:
         start = req_idx if self.starts is None else int(self.starts[req_idx])
         rows = self._rows[start : start + num_positions]
         return None if rows[0][0] == ORDINARY else rows
+
+
+def pack_decisions(micros: torch.Tensor, is_abstained: torch.Tensor | None) -> torch.Tensor:
+    """A step's decisions, with as many fields as it needs.
+
+    Args:
+        micros: int32 [rows], temperatures in millionths.
+        is_abstained: bool [rows]; None where none has, and temperatures are enough.
+
+    Returns:
+        int32 [rows, num_fields], where the arguments are.
+    """
+    if is_abstained is None:
+        return micros.unsqueeze(1)
+    not_set = torch.full_like(micros, NOT_SET)
+    flags = is_abstained * DecisionFlag.ABSTAINED
+    return torch.stack([micros, not_set, not_set, flags.to(micros.dtype)], dim=1)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from adaptive_head.vllm.head_runner import (
     graph_sizes,
     round_up,
 )
-from tests.test_selector import CPU, HEADS, WIDTH
+from tests.selection import CPU, HEADS, WIDTH
 
 HEAD = HEADS["first"]
 

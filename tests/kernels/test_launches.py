@@ -8,7 +8,7 @@ import torch
 
 from adaptive_head.vllm.kernels import commit, entropy, heads, policies, scale, scale_logits
 from tests.kernels.test_selector_v2 import OneRowSelector
-from tests.test_selector import CPU, HEADS, VOCABULARY, add, make_options, make_step
+from tests.selection import CPU, HEADS, VOCABULARY, add, make_options, make_step
 
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 KERNELS = [

@@ -12,7 +12,7 @@ from adaptive_head.vllm.kernels import Choices, choose_by_entropy, entropy, scal
 from adaptive_head.vllm.kernels.batch import PENDING
 from tests import reference
 from tests.kernels.test_selector_v2 import OneRowSelector, make_rows
-from tests.test_selector import CPU, make_options
+from tests.selection import CPU, make_options
 
 INF = math.inf
 

@@ -13,12 +13,12 @@ from adaptive_head.decision import MILLION
 from adaptive_head.head import AdaptiveHead
 from adaptive_head.options import Options
 from adaptive_head.selector import TemperatureSelector
-from adaptive_head.slots import ORDINARY, to_micro
+from adaptive_head.slots import ORDINARY, PolicyIndex, to_micro
 from adaptive_head.vllm.head_runner import HiddenRows
 from adaptive_head.vllm.kernels import Batch
 from adaptive_head.vllm.selector_v2 import DeviceSelector
-from tests import test_selector as plain
-from tests.test_selector import CPU, HEADS, MARKER, START, VOCABULARY, WIDTH, make_options
+from tests import selection as plain
+from tests.selection import CPU, HEADS, VOCABULARY, WIDTH, make_options
 
 # A float32 product may be rounded in another place: a millionth, at most two where it is scaled.
 TOLERANCE = 2e-6
@@ -54,7 +54,7 @@ class OneRowSelector(DeviceSelector):
             prompt_lens=prompt_lens,
             prefill_lens=prefill_lens,
         )
-        found = self.begin(step.hidden, batch)
+        self.found = found = self.begin(step.hidden, batch)
         if found is None:
             return None
         found.join()
@@ -62,6 +62,9 @@ class OneRowSelector(DeviceSelector):
         found.end(step.is_ready.int())
         temperatures = (found.micros / MILLION).float()
         return temperatures.masked_fill(found.micros == ORDINARY, math.nan)
+
+    def find_abstained(self, _step: plain.Step) -> torch.Tensor | None:
+        return self.found.find_abstained()
 
 
 @pytest.fixture
@@ -147,11 +150,6 @@ def test_a_broken_hidden_state_still_chooses_a_temperature_of_the_head():
     plain.check_broken_states(OneRowSelector)
 
 
-@pytest.mark.parametrize(("level", "select_by", "expected", "num_counted"), plain.SELECTIONS)
-def test_every_way_to_select_at_every_level(level, select_by, expected, num_counted):
-    plain.check_selection(OneRowSelector, level, select_by, expected, num_counted)
-
-
 def test_heads_beyond_the_first_tables_are_counted():
     heads = {f"h{index}": plain.make_constant_head(0.25 + index) for index in range(9)}
     selector = OneRowSelector(heads, 9, CPU)
@@ -204,47 +202,6 @@ def step_with_drafts(selector, requests, prompt_len, hidden, num_sampled) -> lis
     return (found.micros / MILLION).tolist()
 
 
-def test_rejected_drafts_leave_no_trace():
-    """A request decoded with drafts, some of them wrong, chooses as one without."""
-    rng = np.random.default_rng(0)
-    cases = [
-        make_options("two_phase", marker_token_ids=(1, MARKER), start_token_ids=(START,)),
-        make_options("schedule", parameters=(1.0, 0.2, 9.0)),
-        make_options("head", "first", select="sample"),
-        make_options("head", "second", level="sequence"),
-        make_options("head", "first", select="mean"),
-        make_options("head", "second", level="sequence", select="mean"),
-    ]
-    text = [2, 1, 1, MARKER, 3, START, 2, 1, MARKER, 4, 1, 1, MARKER, MARKER, START, 1, 2, 3, 1, 2]
-    states = rng.normal(size=(len(text), WIDTH)).astype(np.float32) * 3
-    for options in cases:
-        one, many = OneRowSelector(HEADS, 2, CPU), OneRowSelector(HEADS, 2, CPU)
-        row = plain.add(one, 0, options, tokens=text[:3], seed=5)
-        plain.add(many, 1, options, tokens=text[:3], seed=5)
-        expected = []
-        for position in range(2, len(text)):
-            row.hidden = states[position]
-            expected += plain.select(one, row)
-            row = plain.generate(row, text[position + 1] if position + 1 < len(text) else 0)
-        chosen, position = [], 2
-        while position < len(text):
-            num_right = int(rng.integers(0, 4)) if position > 2 else 0
-            num_right = min(num_right, len(text) - 1 - position)
-            num_wrong = int(rng.integers(0, 3)) if position > 2 else 0
-            drafts = text[position + 1 : position + 1 + num_right] + [MARKER] * num_wrong
-            tokens = [text[position], *drafts]
-            hidden = np.zeros((len(tokens), WIDTH), dtype=np.float32)
-            hidden[: num_right + 1] = states[position : position + num_right + 1]
-            num_sampled = num_right + 1
-            temperatures = step_with_drafts(
-                many, [(1, tokens, position)], 3, torch.from_numpy(hidden), [num_sampled]
-            )
-            chosen += temperatures[:num_sampled]
-            position += num_sampled
-        assert chosen == pytest.approx(expected, abs=TOLERANCE), options.policy
-        assert [h.counts for h in many.count_choices()] == [h.counts for h in one.count_choices()]
-
-
 def test_requests_with_and_without_drafts_share_a_step():
     selector = OneRowSelector(HEADS, 3, CPU)
     plain.add(selector, 0, make_options("schedule", parameters=(1.0, 0.0, 4.0)), tokens=[1])
@@ -289,7 +246,7 @@ def test_the_network_is_copied():
     head: AdaptiveHead = HEADS["first"]
     before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     selector = OneRowSelector({"h": head}, 1, CPU)
-    for parameter in selector._runners[4]._network.parameters():
+    for parameter in selector._runners[PolicyIndex.FIRST_HEAD]._network.parameters():
         parameter.data.zero_()
     assert all(torch.equal(head.state_dict()[name], before[name]) for name in before)
 

@@ -6,7 +6,7 @@ read what the slots remember and write a temperature a row; `commit` moves the s
 rows as became tokens. So a rejected draft leaves no trace.
 """
 
-from adaptive_head.vllm.kernels.batch import Batch, Choices
+from adaptive_head.vllm.kernels.batch import FALLBACK_PICK, Batch, Choices
 from adaptive_head.vllm.kernels.commit import commit
 from adaptive_head.vllm.kernels.entropy import choose_by_entropy
 from adaptive_head.vllm.kernels.heads import choose_by_head
@@ -14,6 +14,7 @@ from adaptive_head.vllm.kernels.policies import choose_by_policy
 from adaptive_head.vllm.kernels.scale import scale_logits
 
 __all__ = [
+    "FALLBACK_PICK",
     "Batch",
     "Choices",
     "choose_by_entropy",

@@ -7,7 +7,9 @@ import torch
 
 # What a row shows instead of its temperature while that waits for the logits.
 PENDING = -2
+# Instead of the index of one of its temperatures: a head picked none, or gave its fallback.
 NO_PICK = -1
+FALLBACK_PICK = -2
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,9 @@ class Choices:
 
     Attributes:
         micros: int32 [rows], temperatures in millionths; ORDINARY, or PENDING for the logits.
-        picks: int32 [rows], which of its temperatures a head picked; NO_PICK for a mean, and where
-            no head chose.
+        picks: int32 [rows], which of its temperatures a head picked; FALLBACK_PICK where it
+            abstained or has for the whole answer, else NO_PICK for a mean, for a choice made
+            earlier and where no head chose.
     """
 
     micros: torch.Tensor

@@ -8,11 +8,11 @@ from adaptive_head.decision import MILLION
 from adaptive_head.head import MAX_NUM_TEMPERATURES
 from adaptive_head.options import MAX_MARKER_TOKENS
 from adaptive_head.slots import ORDINARY, Column, PolicyIndex, SlotTable
-from adaptive_head.vllm.kernels.batch import NO_PICK, Batch, Choices
+from adaptive_head.vllm.kernels.batch import FALLBACK_PICK, Batch, Choices
 from adaptive_head.vllm.kernels.phases import load_window, read_token
 
 _ORDINARY = tl.constexpr(ORDINARY)
-_NO_PICK = tl.constexpr(NO_PICK)
+_FALLBACK_PICK = tl.constexpr(FALLBACK_PICK)
 _MILLION = tl.constexpr(float(MILLION))
 _NUM_COLUMNS = tl.constexpr(len(Column))
 _IS_SEQUENCE = tl.constexpr(int(Column.IS_SEQUENCE))
@@ -35,6 +35,7 @@ def _commit_kernel(
     policies_ptr,
     options_ptr,
     chosen_ptr,
+    has_abstained_ptr,
     markers_ptr,
     recent_ptr,
     is_answer_ptr,
@@ -59,12 +60,15 @@ def _commit_kernel(
     is_sequence = tl.load(options_ptr + slot * _NUM_COLUMNS + _IS_SEQUENCE) != 0.0
     chosen = tl.load(chosen_ptr + slot)
     first = tl.div_rn(tl.load(micros_ptr + first_row).to(tl.float32), _MILLION)
-    tl.store(chosen_ptr + slot, first, mask=is_sequence & (chosen != chosen))
+    is_new = is_sequence & (chosen != chosen)
+    tl.store(chosen_ptr + slot, first, mask=is_new)
+    has_abstained = tl.load(picks_ptr + first_row) == _FALLBACK_PICK
+    tl.store(has_abstained_ptr + slot, has_abstained.to(tl.uint8), mask=is_new)
 
     for row in range(first_row, first_row + num_sampled):
         pick = tl.load(picks_ptr + row)
         place = counts_ptr + policy * _MAX_CHOICES + pick
-        tl.atomic_add(place, tl.full((), 1, tl.int64), mask=pick != _NO_PICK, sem="relaxed")
+        tl.atomic_add(place, tl.full((), 1, tl.int64), mask=pick >= 0, sem="relaxed")
 
     if policy == _TWO_PHASE:
         slot_markers_ptr = markers_ptr + slot * 2 * _WINDOW
@@ -112,6 +116,7 @@ def commit(
         table.policies,
         table.options,
         table.chosen,
+        table.has_abstained.view(torch.uint8),
         phases.markers,
         phases.recent,
         phases.is_answer.view(torch.uint8),

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from adaptive_head.options import MAX_MARKER_TOKENS
+from adaptive_head.parameters import MAX_LIST_LEN
 from adaptive_head.slots import ORDINARY, Column, PolicyIndex, SlotTable
 from adaptive_head.vllm.kernels.batch import NO_PICK, PENDING, Batch, Choices
 from adaptive_head.vllm.kernels.phases import read_token
@@ -20,7 +21,10 @@ _PARAMETER_2 = tl.constexpr(int(Column.PARAMETER_2))
 _ENTROPY = tl.constexpr(int(PolicyIndex.ENTROPY))
 _SCHEDULE = tl.constexpr(int(PolicyIndex.SCHEDULE))
 _TWO_PHASE = tl.constexpr(int(PolicyIndex.TWO_PHASE))
-_CONSTANT = tl.constexpr(int(PolicyIndex.CONSTANT))
+_LIST = tl.constexpr(int(PolicyIndex.LIST))
+_FIRST_HEAD = tl.constexpr(int(PolicyIndex.FIRST_HEAD))
+_LIST_LEN = tl.constexpr(int(Column.LIST_LEN))
+_MAX_LIST_LEN = tl.constexpr(MAX_LIST_LEN)
 _WINDOW = tl.constexpr(MAX_MARKER_TOKENS)
 
 
@@ -37,6 +41,7 @@ def _choose_by_policy_kernel(
     policies_ptr,
     options_ptr,
     chosen_ptr,
+    lists_ptr,
     markers_ptr,
     recent_ptr,
     is_answer_ptr,
@@ -52,6 +57,7 @@ def _choose_by_policy_kernel(
     options_ptr += slot * _NUM_COLUMNS
     markers_ptr += slot * 2 * _WINDOW
     recent_ptr += slot * _WINDOW
+    lists_ptr += slot * _MAX_LIST_LEN
     parameter_0 = tl.load(options_ptr + _PARAMETER_0)
     parameter_1 = tl.load(options_ptr + _PARAMETER_1)
     parameter_2 = tl.load(options_ptr + _PARAMETER_2)
@@ -67,6 +73,11 @@ def _choose_by_policy_kernel(
             rising = parameter_0 + span * share
             falling = parameter_1 - span * (1.0 - share)
             temperature = tl.where(share < 0.5, rising, falling)
+        if policy == _LIST:
+            position = tl.load(positions_ptr + tl.load(logits_indices_ptr + row))
+            last = tl.load(options_ptr + _LIST_LEN).to(tl.int64) - 1
+            place = tl.minimum(position + 1 - prompt_len, last)
+            temperature = tl.load(lists_ptr + tl.maximum(place, 0))
         if policy == _TWO_PHASE:
             is_answer = read_token(
                 is_answer,
@@ -79,7 +90,7 @@ def _choose_by_policy_kernel(
             )
             temperature = tl.where(is_answer != 0, parameter_1, parameter_0)
         # A head's kernel overwrites this, unless the head is gone and its request aborted.
-        temperature = tl.where(policy > _CONSTANT, 1.0, temperature)
+        temperature = tl.where(policy >= _FIRST_HEAD, 1.0, temperature)
         micro = bound(temperature, options_ptr)
         micro = tl.where(policy == _ENTROPY, _PENDING, micro)
         micro = prefer_chosen(chosen, micro)
@@ -106,6 +117,7 @@ def choose_by_policy(choices: Choices, batch: Batch, table: SlotTable) -> None:
         table.policies,
         table.options,
         table.chosen,
+        table.lists,
         phases.markers,
         phases.recent,
         phases.is_answer.view(torch.uint8),
