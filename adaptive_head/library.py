@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adaptive_head.files import read_bounded, replace_file
 from adaptive_head.metadata import HeadError
-from adaptive_head.options import Temperature
+from adaptive_head.parameters import Temperature
 
 LOADED_FILE = "loaded-heads.json"
 _MAX_LOADED_BYTES: Final = 1 << 20

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel
 
+from adaptive_head.abstention import Abstention
 from adaptive_head.options import (
     AdaptiveRequest,
-    ConstantParameters,
     Level,
     MarkerTokenizer,
     OptionError,
@@ -23,6 +23,7 @@ from adaptive_head.options import (
     quote,
     resolve_options,
 )
+from adaptive_head.parameters import ConstantParameters
 
 POLICY_FLAG = "--adaptive-policy"
 EXAMPLE = '{"policy": "constant", "constant": {"temperature": 0.6}}'
@@ -33,6 +34,7 @@ class _AnyHead(NamedTuple):
 
     level: Level = "token"
     select: Selection = "argmax"
+    abstain: Abstention | None = None
 
 
 def read_policy(value: Any) -> AdaptiveRequest:

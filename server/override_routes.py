@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from adaptive_head.options import Temperature
+from adaptive_head.parameters import Temperature
 from server.head_routes import Control, counting, find_registry
 
 OVERRIDE_PATH = "/v1/adaptive/override"

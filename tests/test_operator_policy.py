@@ -106,7 +106,7 @@ def test_a_wrong_policy_is_refused_with_its_field(value, field, words):
 
 def test_a_marker_must_suit_the_tokenizer():
     policy = read_policy({"policy": "two_phase", "two_phase": {"marker": "</nine>"}})
-    with pytest.raises(ValueError, match="--adaptive-policy: two_phase.marker: .* is 9 tokens"):
+    with pytest.raises(ValueError, match=r"--adaptive-policy: two_phase\.marker: .* is 9 tokens"):
         check_marker(policy, tokenize)
     with pytest.raises(ValueError, match="--adaptive-policy: policy: two_phase needs a tokenizer"):
         check_marker(read_policy("two_phase"), None)

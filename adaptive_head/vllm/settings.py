@@ -8,7 +8,8 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from adaptive_head.operator_policy import POLICY_FLAG, describe_error, read_policy
-from adaptive_head.options import AdaptiveRequest, OptionError, PolicyName, Temperature
+from adaptive_head.options import AdaptiveRequest, OptionError, PolicyName
+from adaptive_head.parameters import Temperature
 from adaptive_head.vllm.limits import Limits
 
 # The key in vLLM's `--additional-config`, a JSON object that reaches every process.
