@@ -76,6 +76,7 @@ def test_the_page_has_the_models_figures():
         ], name
 
 
+@pytest.mark.slow
 def test_a_run_prints_what_was_predicted_and_measured():
     arguments = ["--hidden-size", "64", "--layers", "32", "--vocab-size", "256", "--rows", "1,4"]
     process = subprocess.run(

@@ -25,7 +25,10 @@ def make_result(num_comparisons, sizes, has_intervals):
 
 @pytest.mark.parametrize(
     ("num_comparisons", "sizes", "has_intervals"),
-    [(8, [1, 8, 32, 128, 256], True), (5, [1], False)],
+    [
+        pytest.param(8, [1, 8, 32, 128, 256], True, marks=pytest.mark.slow),
+        (5, [1], False),
+    ],
 )
 def test_the_plot_has_ink_of_every_comparison(tmp_path, num_comparisons, sizes, has_intervals):
     path = tmp_path / "x.png"

@@ -88,7 +88,7 @@ CONSTRAINED = [
     ordinary(PROMPTS[2]),
 ]
 PREEMPTED = [
-    adaptive(prompt, seed=seed, max_tokens=70, options={"head": head})
+    adaptive(prompt, seed=seed, max_tokens=40, options={"head": head})
     for seed, prompt in enumerate(PROMPTS[:4])
     for head in ("tok", "seq")
 ]
@@ -117,15 +117,14 @@ REWRITTEN = [
     adaptive(
         prompt,
         seed=seed,
-        max_tokens=70,
+        max_tokens=40,
         logit_bias={"81": 100.0, "82": 100.0},
         options={
             "policy": "two_phase",
             "two_phase": {"thinking": thinking, "answer": 8.0, "marker": "</two>"},
         },
     )
-    for seed, prompt in enumerate(PROMPTS[:4])
-    for thinking in (9.0, 10.0)
+    for seed, (prompt, thinking) in enumerate(zip(PROMPTS[:4], (9.0, 10.0) * 2, strict=True))
 ]
 JUNK = [
     ordinary(PROMPTS[0], extra_args=extra_args)
@@ -169,7 +168,7 @@ BATCHES = {
 ENGINES = {
     "plain": {},
     "chunked": {"max_num_batched_tokens": 16, "enable_chunked_prefill": True},
-    "preempting": {"num_gpu_blocks_override": 14},
+    "preempting": {"num_gpu_blocks_override": 10},
     "processed": {"logprobs_mode": "processed_logprobs"},
 }
 

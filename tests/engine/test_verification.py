@@ -28,10 +28,19 @@ TARGET = numbers.normal(size=(VOCAB_SIZE, VOCAB_SIZE)) * 1.2
 DRAFT = TARGET + numbers.normal(size=(VOCAB_SIZE, VOCAB_SIZE)) * 0.8
 
 
-CASES = [("likely", "standard"), ("drawn", "standard"), ("drawn", "block")]
+CASES = [("drawn", "standard")]
+SLOW_CASES = [("likely", "standard"), ("drawn", "block")]
 
 
 def begin_processes(background):
+    begin_cases(background, CASES)
+
+
+def begin_slow_processes(background):
+    begin_cases(background, SLOW_CASES)
+
+
+def begin_cases(background, chosen: list[tuple[str, str]]) -> None:
     """Tokens, temperatures and counts of one step of many requests, for each case."""
     common = {
         "num_requests": NUM_REQUESTS,
@@ -43,14 +52,22 @@ def begin_processes(background):
         "picks": PICKS,
         "max_chunk_rows": MAX_CHUNK_ROWS,
     }
-    cases = [common | {"kind": kind, "method": method} for kind, method in CASES]
-    get_engines(background).begin_module(VERIFICATION, VERIFICATION, "v2", cases)
+    cases = [common | {"kind": kind, "method": method} for kind, method in chosen]
+    get_engines(background).begin_module(make_key(chosen), VERIFICATION, "v2", cases)
 
 
-@pytest.fixture(scope="module", params=CASES)
+def make_key(cases: list[tuple[str, str]]) -> str:
+    return f"{VERIFICATION} {cases}"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES)],
+)
 def verified(request, background):
-    begin_processes(background)
-    return background.wait(VERIFICATION)[CASES.index(request.param)]
+    group = CASES if request.param in CASES else SLOW_CASES
+    begin_cases(background, group)
+    return background.wait(make_key(group))[group.index(request.param)]
 
 
 def law(temperatures: list[float], token: int) -> np.ndarray:

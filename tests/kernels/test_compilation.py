@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton ships ptxas for x86-64 here")
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_every_kernel_compiles_for_a_gpu(capability, tmp_path):
     process = subprocess.run(
         [sys.executable, "-m", "tests.kernels.compilation", str(capability)],

@@ -90,6 +90,7 @@ def test_a_server_with_a_fault_does_not_pass(mock, fault_file, write, fault, kin
     assert re.search(sentence, finished.stdout + finished.stderr)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_run_with_its_summary(mock, tmp_path):
     # Too long to end by itself, and with the signal that a shell's background jobs ignore.
     arguments = [*split(ADJUSTED), "--url", mock.url, "--out", str(tmp_path), "--duration", "600"]
@@ -193,6 +194,7 @@ def test_the_command_serves_locusts_page(mock):
         assert read_state(browser) == "ready"
 
 
+@pytest.mark.slow
 def test_locust_alone_runs_what_the_environment_names(mock):
     scenario, locust, *options = shlex.split(LOCUST.replace("http://127.0.0.1:8000", mock.url))
 
@@ -243,6 +245,7 @@ def test_a_comparison_writes_its_report(mock, tmp_path):
     assert (tmp_path / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_comparison_with_wrong_answers_fails(mock, fault_file, write, tmp_path):
     fault_file.write_text("misaligned")
     styles = [{"temperature": "adaptive", "adaptive": {"report": "tokens"}}, {"temperature": 0.7}]

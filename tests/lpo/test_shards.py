@@ -58,6 +58,7 @@ def test_a_torn_line_is_cut_off_and_nothing_is_lost_or_doubled(
     assert read_shards(tmp_path) == responses
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_any_moment_leaves_what_it_wrote(tmp_path: Path) -> None:
     program = """
 import sys

@@ -239,6 +239,7 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(site):
     assert server.sum_metric(COUNT) - before == 4 * 60 + 8
 
 
+@pytest.mark.slow
 def test_a_crowd_that_comes_and_goes_leaves_nothing_behind_and_is_counted_right(site):
     server, draw = site.server, random.Random(0)
     before, num_lines = server.sum_metric(COUNT), len(read_lines(site))

@@ -23,13 +23,14 @@ def run(*arguments) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_smoke_scenario_goes_through(server):
-    finished = run("run", "--url", server.url, "--scenario", "smoke", "--duration", 12)
+    finished = run("run", "--url", server.url, "--scenario", "smoke", "--duration", 6)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     for kind in ("batch", "chat", "leaving", "long_prompt"):
         assert re.search(rf"^request +{kind}, ", finished.stderr, re.MULTILINE)
     assert "Tokens: adaptive_temperature_count rose by" in finished.stderr
 
 
+@pytest.mark.slow
 def test_adaptive_and_fixed_are_compared(server, tmp_path):
     finished = run(
         *("compare", "--url", server.url, "--scenario", "saturation", "--scale", 0.06),
