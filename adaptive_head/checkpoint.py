@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +37,7 @@ __all__ = [
     "HeadError",
     "HeadMetadata",
     "LoadedHead",
+    "change_head",
     "load_head",
     "read_metadata",
     "save_head",
@@ -131,6 +132,29 @@ def write_metadata(folder: Path, metadata: HeadMetadata) -> None:
     if len(content.encode()) > MAX_METADATA_BYTES:
         raise HeadError(f"{path}: training is too long: {MAX_METADATA_BYTES:,} bytes are read")
     replace_file(path, content)
+
+
+def change_head(folder: Path, changes: Mapping[str, Any]) -> HeadMetadata:
+    """Change what a head does by default; its weights stay.
+
+    Args:
+        changes: fields of `head.json`. An object's fields are put among those that it has.
+
+    Returns:
+        What `head.json` now holds.
+
+    Raises:
+        HeadError: the head is damaged, or a change is wrong; names the file and the field.
+    """
+    path = folder / METADATA_FILE
+    content = json.loads(dump_metadata(path, load_head(folder).metadata))
+    for field, value in changes.items():
+        earlier = content.get(field)
+        is_merged = isinstance(value, Mapping) and isinstance(earlier, Mapping)
+        content[field] = {**earlier, **value} if is_merged else value
+    metadata = parse_metadata(path, json.dumps(content).encode())
+    write_metadata(folder, metadata)
+    return metadata
 
 
 def upgrade_head(folder: Path, output: Path | None = None) -> int:

@@ -1,6 +1,5 @@
 """The command `adaptive-head`: make, train, look at and try a head."""
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,14 +11,12 @@ from typing import Annotated, TypeVar
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.table import Table
-from rich.text import Text
 from safetensors import SafetensorError
 
 from adaptive_head.checkpoint import (
     BaseModelIdentity,
     HeadError,
-    LoadedHead,
+    change_head,
     load_head,
     read_metadata,
     save_head,
@@ -29,6 +26,7 @@ from adaptive_head.checkpoint import (
 from adaptive_head.embedded_model import ModelPreparationError, prepare
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.head import AdaptiveHead, HeadConfig
+from adaptive_head.head_table import describe_abstention, make_table
 from adaptive_head.heads import SHIPPED_HEADS
 from adaptive_head.language_model import (
     EMBEDDED,
@@ -133,6 +131,57 @@ def upgrade(
         typer.echo(f"{head} has format {FORMAT_VERSION} already")
     else:
         typer.echo(f"{head} had format {found}, and has format {FORMAT_VERSION} now")
+
+
+class SelectOption(StrEnum):
+    argmax = "argmax"
+    sample = "sample"
+    mean = "mean"
+
+
+class StatisticOption(StrEnum):
+    probability = "probability"
+    margin = "margin"
+
+
+@app.command(name="set")
+def set_defaults(
+    head: Annotated[Path, typer.Argument(help="Folder of the head.")],
+    select: Annotated[
+        SelectOption | None, typer.Option(help="How it chooses for requests that do not say it.")
+    ] = None,
+    abstain_below: Annotated[
+        float | None,
+        typer.Option(help="Give the fallback where the statistic is below this, 0 to 1."),
+    ] = None,
+    fallback: Annotated[
+        float | None, typer.Option(help="Temperature where it abstains, 0 to 10.")
+    ] = None,
+    statistic: Annotated[
+        StatisticOption | None,
+        typer.Option(
+            help="Largest probability, or how far the second largest is below it.",
+            show_default="probability",
+        ),
+    ] = None,
+    no_abstain: Annotated[bool, typer.Option("--no-abstain", help="Always choose.")] = False,
+) -> None:
+    """Change what a head does by default: how it selects, and when it abstains."""
+    with explain_errors():
+        given = {"threshold": abstain_below, "fallback": fallback, "statistic": statistic}
+        abstain = {field: value for field, value in given.items() if value is not None}
+        if no_abstain and abstain:
+            raise ValueError("--no-abstain does not go with how to abstain")
+        if not (select or no_abstain or abstain):
+            raise ValueError("say what to change: --select, --abstain-below, --no-abstain, ...")
+        changes: dict[str, object] = {"select": select} if select else {}
+        if abstain and read_metadata(head).abstain is None:
+            abstain.setdefault("statistic", StatisticOption.probability)
+        if no_abstain or abstain:
+            changes["abstain"] = abstain or None
+        metadata = change_head(head, changes)
+    abstention = describe_abstention(metadata.abstain)
+    typer.echo(f"{head} now has select {metadata.select}, abstain {abstention}")
 
 
 @app.command()
@@ -262,34 +311,6 @@ def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list
         return [kind(part) for part in text.split(",") if text.strip()]
     except ValueError:
         raise ValueError(f"{option} must be numbers with commas between, got {text!r}") from None
-
-
-def make_table(head: LoadedHead) -> Table:
-    """What is known of a head, for a person."""
-    metadata = head.metadata
-    num_weights = sum(weight.numel() for weight in head.network.parameters())
-    table = Table(title=Text(str(head.path)), show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    rows = {
-        "made for": metadata.base_model.name,
-        "fingerprint": metadata.base_model.fingerprint or "none",
-        "level": metadata.level,
-        "select": metadata.select,
-        "temperatures": ", ".join(f"{value:g}" for value in metadata.temperatures),
-        "layers": " → ".join(map(str, metadata.config.widths)),
-        "weights": f"{num_weights:,}",
-        "trained": "yes" if metadata.trained else "no",
-        "training": json.dumps(metadata.training) if metadata.training else "none",
-        "created": metadata.created,
-        "git commit": metadata.git_sha or "unknown",
-        "packages": ", ".join(f"{name} {version}" for name, version in metadata.packages.items()),
-        "format": str(metadata.format_version),
-    }
-    for name, value in rows.items():
-        # Plain text, so that [brackets] in a name are not read as markup.
-        table.add_row(name, Text(value))
-    return table
 
 
 if __name__ == "__main__":

@@ -7,14 +7,17 @@ from adaptive_head.decision import MILLION
 from adaptive_head.options import Options
 
 
-def summarise(options: Options, num_tokens: Mapping[int, int]) -> dict[str, Any]:
+def summarise(
+    options: Options, num_tokens: Mapping[int, int], num_abstained: int = 0
+) -> dict[str, Any]:
     """How tokens were sampled: by what, and the mean and extremes of their temperatures.
 
     Args:
         num_tokens: by temperature, in millionths. Without any, mean and extremes are None.
+        num_abstained: how many of them got the head's fallback; left out where none can.
     """
     mean = mean_of(num_tokens)
-    return {
+    summary = {
         "policy": options.policy,
         "head": options.name if options.policy == "head" else None,
         "level": options.level,
@@ -22,6 +25,7 @@ def summarise(options: Options, num_tokens: Mapping[int, int]) -> dict[str, Any]
         "min": min(num_tokens) / MILLION if num_tokens else None,
         "max": max(num_tokens) / MILLION if num_tokens else None,
     }
+    return summary | {"abstained": num_abstained} if options.can_abstain else summary
 
 
 def bin_temperatures(options: Options, num_tokens: Mapping[int, int]) -> dict[str, int]:

@@ -10,7 +10,7 @@ from loadtests.workload import Ask
 
 _FINISHED = ("stop", "length")
 # Policies whose temperatures are continuous.
-_CONTINUOUS_POLICIES = ("entropy", "schedule")
+_CONTINUOUS_POLICIES = ("entropy", "schedule", "list")
 _ROUNDING = 2e-6
 
 
@@ -133,7 +133,7 @@ def _find_foreign(
     if summary["level"] != head.level:
         yield f"level {summary['level']} of a head whose level is {head.level}"
     low, high = asked.get("min") or 0.0, asked.get("max")
-    allowed = [value * asked.get("scale", 1.0) for value in head.temperatures]
+    allowed = [value * asked.get("scale", 1.0) for value in (*head.temperatures, *head.fallback)]
     allowed = [max(low, value if high is None else min(value, high)) for value in allowed]
     for value in used:
         if is_continuous:

@@ -24,11 +24,16 @@ class TargetError(Exception):
 
 @dataclass(frozen=True)
 class Head:
-    """What answers of a head are checked against."""
+    """What answers of a head are checked against.
+
+    Attributes:
+        fallback: the temperature where it abstains; empty for a head that always chooses.
+    """
 
     level: str
     temperatures: tuple[float, ...]
     select: str = "argmax"
+    fallback: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,7 @@ def find_target(url: str, styles: Iterable[Style]) -> Target:
     read_counters(url)
     try:
         model = models["data"][0]["id"]
-        heads = {
-            head["id"]: Head(head["level"], tuple(head["temperatures"]), head["select"])
-            for head in described["data"]
-        }
+        heads = {head["id"]: _read_head(head) for head in described["data"]}
     except (KeyError, IndexError, TypeError):
         raise TargetError(f"{url} does not answer as an adaptive-head-server does") from None
     for number, style in enumerate(styles):
@@ -68,6 +70,12 @@ def find_target(url: str, styles: Iterable[Style]) -> Target:
         except TargetError as error:
             raise TargetError(f"the server does not serve styles.{number}: {error}") from None
     return Target(url, model, heads)
+
+
+def _read_head(head: Mapping[str, Any]) -> Head:
+    abstain = head.get("abstain")
+    fallback = () if abstain is None else (abstain["fallback"],)
+    return Head(head["level"], tuple(head["temperatures"]), head["select"], fallback)
 
 
 def read_counters(url: str) -> dict[str, float]:

@@ -60,6 +60,12 @@ class AdaptiveMetrics:
             (*LABELS, "policy"),
             registry=registry,
         )
+        self._abstained_tokens = Counter(
+            "adaptive_abstained_tokens",
+            "Generated tokens that got a head's fallback, because it was too unsure to choose.",
+            LABELS,
+            registry=registry,
+        )
         self._info = Gauge(
             "adaptive_head_info",
             "The loaded heads; always 1.",
@@ -111,6 +117,8 @@ class AdaptiveMetrics:
         bounds = self._temperature.labels(*labels).bounds
         self._request_temperature.labels(*labels)
         self._requests.labels(*labels, "head")
+        if head.abstain is not None:
+            self._abstained_tokens.labels(*labels)
         self._info.labels(*labels, *_describe(head)).set(1)
         for bound, share in accumulate_shares(head, bounds).items():
             self._training_share.labels(*labels, floatToGoString(bound)).set(share)
@@ -123,7 +131,8 @@ class AdaptiveMetrics:
     def forget_head(self, name: str, level: str) -> None:
         """Drop the counts of a head that serves no longer and has no request left."""
         self._series.clear()
-        for metric in (self._temperature, self._request_temperature, self._requests):
+        counts = self._temperature, self._request_temperature, self._requests
+        for metric in (*counts, self._abstained_tokens):
             metric.remove_by_labels({"model": self._model, "head": name, "level": level})
 
     def set_canary(self, head: str, canary: str, share: float) -> None:
@@ -155,6 +164,11 @@ class AdaptiveMetrics:
         histogram = self._find_series(options).temperature
         for micro, count in num_tokens.items():
             histogram.observe_many(micro / MILLION, count)
+
+    def count_abstained(self, options: Options, num_tokens: int) -> None:
+        """So many of the tokens got the fallback of a head that may abstain."""
+        labels = self._model, options.name, options.level
+        self._abstained_tokens.labels(*labels).inc(num_tokens)
 
     def count_answer(self, options: Options, mean: float) -> None:
         """A sequence has ended; `mean` is its tokens' mean temperature."""

@@ -25,6 +25,7 @@ class ChoiceReport:
 
     Attributes:
         num_tokens: how many tokens so far at each temperature (millionths).
+        num_abstained: how many of them got the head's fallback.
         num_given: how many tokens vLLM has been given to make chunks of; None where these are all
             that have been read.
     """
@@ -35,6 +36,7 @@ class ChoiceReport:
         self._has_list = detail == "tokens"
         self._reader = DecisionReader()
         self.num_tokens: dict[int, int] = {}
+        self.num_abstained = 0
         self.num_given: int | None = None
         self._micros: list[int] = []
         self._num_sent = 0
@@ -48,6 +50,8 @@ class ChoiceReport:
         for decision, count in self._reader.read(completion):
             micro = decision.temperature
             self.num_tokens[micro] = self.num_tokens.get(micro, 0) + count
+            if decision.has_abstained:
+                self.num_abstained += count
             if self._has_list:
                 self._micros += [micro] * count
 
@@ -63,7 +67,9 @@ class ChoiceReport:
         Args:
             show_tokens: whether to list the temperature of every token.
         """
-        described = describe_tokens(self._options, self.num_tokens, self._is_override) | {
+        described = describe_tokens(
+            self._options, self.num_tokens, self.num_abstained, self._is_override
+        ) | {
             "tokens": sum(self.num_tokens.values()),
             "histogram": bin_temperatures(self._options, self.num_tokens),
         }
@@ -172,6 +178,7 @@ class PromptReport:
         self._metrics = metrics
         # What the metrics have: tokens by temperature (millionths).
         self._counted: Counter[int] = Counter()
+        self._num_abstained_counted = 0
         self._num_uncounted = 0
 
     def begin(self) -> None:
@@ -197,12 +204,21 @@ class PromptReport:
         for choice in self._choices:
             num_tokens.update(choice.num_tokens)
 
+    @property
+    def num_abstained(self) -> int:
+        """How many tokens of all choices got the head's fallback."""
+        return sum(choice.num_abstained for choice in self._choices)
+
     def flush(self) -> None:
         """Move what has been counted into the metrics."""
         num_tokens: Counter[int] = Counter()
         self.count_into(num_tokens)
         if uncounted := num_tokens - self._counted:
             self._metrics.count_tokens(self.options, uncounted)
+        if self.options.can_abstain:
+            num_abstained = self.num_abstained
+            self._metrics.count_abstained(self.options, num_abstained - self._num_abstained_counted)
+            self._num_abstained_counted = num_abstained
         self._counted, self._num_uncounted = num_tokens, 0
 
 
@@ -233,13 +249,14 @@ def summarise_all(reports: Sequence[PromptReport]) -> dict[str, Any]:
     for report in reports:
         report.count_into(num_tokens)
     first = reports[0]
-    described = describe_tokens(first.options, num_tokens, first.is_override)
+    num_abstained = sum(report.num_abstained for report in reports)
+    described = describe_tokens(first.options, num_tokens, num_abstained, first.is_override)
     return described | {"report": first.detail}
 
 
 def describe_tokens(
-    options: Options, num_tokens: Mapping[int, int], is_override: bool
+    options: Options, num_tokens: Mapping[int, int], num_abstained: int, is_override: bool
 ) -> dict[str, Any]:
     """`summarise`, with a mark where the operator's override has answered."""
-    described = summarise(options, num_tokens)
+    described = summarise(options, num_tokens, num_abstained)
     return described | {"override": True} if is_override else described
