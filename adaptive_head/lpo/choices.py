@@ -8,11 +8,11 @@ import numpy as np
 
 from adaptive_head.checkpoint import HeadMetadata
 from adaptive_head.lpo.arms import count_choices, format_temperature, list_choices
-from adaptive_head.lpo.comparison import Rewards
 from adaptive_head.lpo.experiment import Experiment
 from adaptive_head.lpo.records import Prompt, Response
 from adaptive_head.lpo.rewards import Reward
-from adaptive_head.lpo.statistics import Curve, average_by_index, bootstrap_mean
+from adaptive_head.lpo.statistics import Curve, average_by_index, bootstrap_groups, make_interval
+from adaptive_head.lpo.summaries import Rewards
 from adaptive_head.lpo.token_ranges import Decode, cover_span, locate_tokens
 
 MAX_POSITION = 1024
@@ -57,7 +57,7 @@ def describe_choices(
             "spans": {},
         }
         if metadata.level == "token":
-            entry["by_position"] = describe_positions(of_task)
+            entry["by_position"] = describe_positions(of_task, by_id)
             for name, reward in rewards[task].items():
                 if reward.has_spans and decode is not None:
                     entry["spans"][name] = describe_spans(
@@ -67,9 +67,11 @@ def describe_choices(
     return described
 
 
-def describe_positions(responses: Sequence[Response]) -> dict[str, Any]:
+def describe_positions(
+    responses: Sequence[Response], prompts: Mapping[str, Prompt]
+) -> dict[str, Any]:
     """The mean temperature by position, from the response's first token on."""
-    numbers = _number_prompts(responses)
+    numbers = _number_groups(responses, prompts)
     lengths = [len(response.temperatures) for response in responses]
     curve = average_by_index(
         np.concatenate([np.arange(length) for length in lengths]),
@@ -91,7 +93,10 @@ def describe_spans(
 
     Responses whose tokens cannot be found in their text are left out, and counted.
     """
-    numbers = _number_prompts(responses)
+    numbers = {
+        id_: number for number, id_ in enumerate(dict.fromkeys(r.prompt_id for r in responses))
+    }
+    groups = _number_groups(responses, prompts)
     # Distance from the last beginning (-1 before the first), prompt and temperature of each token.
     tokens: list[tuple[int, int, float]] = []
     num_left_out = 0
@@ -117,16 +122,24 @@ def describe_spans(
         _average_by_prompt(owners[where], values[where], len(numbers))
         for where in (is_start, ~is_start)
     )
-    differences = (at_start - elsewhere)[~np.isnan(at_start - elsewhere)]
-    num, seed = experiment.evaluation.num_bootstrap, experiment.seed
+    difference = at_start - elsewhere
+    compared = [p for p, number in numbers.items() if not np.isnan(difference[number])]
+    number_of_group = np.array([groups[p] for p in numbers], dtype=int)
     curve = average_by_index(
-        distances[is_after], owners[is_after], values[is_after], MAX_DISTANCE + 1
+        distances[is_after],
+        number_of_group[owners[is_after]],
+        values[is_after],
+        MAX_DISTANCE + 1,
     )
     return {
         "at_start": float(values[is_start].mean()) if is_start.any() else None,
         "elsewhere": float(values[~is_start].mean()) if (~is_start).any() else None,
         "difference": (
-            asdict(bootstrap_mean(differences, num, seed)) if len(differences) else None
+            _bootstrap_difference(
+                experiment, difference[~np.isnan(difference)], [prompts[p] for p in compared]
+            )
+            if compared
+            else None
         ),
         "num_starts": int(is_start.sum()),
         "num_elsewhere": int((~is_start).sum()),
@@ -142,9 +155,21 @@ def _average_by_prompt(owners: np.ndarray, values: np.ndarray, num_prompts: int)
     return np.divide(sums, counts, out=np.full(num_prompts, np.nan), where=counts > 0)
 
 
-def _number_prompts(responses: Sequence[Response]) -> dict[str, int]:
+def _bootstrap_difference(
+    experiment: Experiment, values: np.ndarray, prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    groups = [prompt.group for prompt in prompts]
+    kinds = [prompt.kind for prompt in prompts]
+    num, seed = experiment.evaluation.num_bootstrap, experiment.derive_seed("bootstrap")
+    draws = bootstrap_groups(values, groups, kinds, num, seed)
+    return asdict(make_interval(float(values.mean()), draws, len(set(groups))))
+
+
+def _number_groups(responses: Sequence[Response], prompts: Mapping[str, Prompt]) -> dict[str, int]:
+    """By prompt, the number of its group."""
     ids = dict.fromkeys(response.prompt_id for response in responses)
-    return {prompt_id: number for number, prompt_id in enumerate(ids)}
+    numbers: dict[str, int] = {}
+    return {id_: numbers.setdefault(prompts[id_].group, len(numbers)) for id_ in ids}
 
 
 def _to_json(curve: Curve, min_count: float) -> dict[str, Any]:

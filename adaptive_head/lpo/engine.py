@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,22 @@ from adaptive_head.dtype import choose_dtype
 from adaptive_head.lpo.experiment import EngineConfig
 from adaptive_head.lpo.records import FinishReason, Prompt, Response
 from adaptive_head.options import AdaptiveRequest, Head, resolve_options
+
+# What vLLM's server reports for what float32 cannot hold; JSON has no infinity.
+_MIN_LOGPROB = -9999.0
+
+
+@dataclass(frozen=True)
+class Filters:
+    """vLLM's parameters other than the temperature; the defaults change nothing."""
+
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+NO_FILTERS = Filters()
 
 
 @dataclass(frozen=True)
@@ -30,17 +46,24 @@ class GenerationRequest:
     max_tokens: int
     seed: int
     temperature: float | AdaptiveRequest
+    filters: Filters = NO_FILTERS
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What came of a request: tokens, and the temperature of each."""
+    """What came of a request.
+
+    Args:
+        temperatures: of each token.
+        logprobs: of each token at temperature 1 and without filters, in nats.
+    """
 
     id: str
     token_ids: tuple[int, ...]
     temperatures: tuple[float, ...]
     text: str
     finish_reason: FinishReason
+    logprobs: tuple[float, ...] | None = None
 
 
 class Engine(Protocol):
@@ -148,7 +171,7 @@ class LocalEngine:
 def engine_arguments(
     model: Path | str, config: EngineConfig, heads: Mapping[str, Path]
 ) -> dict[str, Any]:
-    """vLLM's engine arguments for our sampler; `config.options` have the last word."""
+    """vLLM's engine arguments for our sampler; `config.options` come before our defaults."""
     from vllm.platforms import current_platform
 
     from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
@@ -171,6 +194,8 @@ def engine_arguments(
         "disable_log_stats": True,
         "enable_prefix_caching": True,
         **config.options,
+        # Answers are judged by the model's own probabilities, whatever they were sampled at.
+        "logprobs_mode": "raw_logprobs",
     }
 
 
@@ -182,6 +207,9 @@ def make_sampling_params(request: GenerationRequest, heads: Mapping[str, Head]) 
         "seed": request.seed,
         "max_tokens": request.max_tokens,
         "output_kind": RequestOutputKind.FINAL_ONLY,
+        # The sampled token's alone.
+        "logprobs": 0,
+        **asdict(request.filters),
     }
     if isinstance(request.temperature, AdaptiveRequest):
         options = resolve_options(request.temperature, heads, next(iter(heads), None))
@@ -200,8 +228,17 @@ def read_generation(output: Any, request: GenerationRequest) -> Generation:
         temperatures = tuple(decision.temperature / MILLION for decision in decisions)
     else:
         temperatures = (request.temperature,) * len(token_ids)
+    logprobs = tuple(
+        max(position[token_id].logprob, _MIN_LOGPROB)
+        for token_id, position in zip(token_ids, completion.logprobs, strict=True)
+    )
     return Generation(
-        request.id, token_ids, temperatures, completion.text, completion.finish_reason or "abort"
+        request.id,
+        token_ids,
+        temperatures,
+        completion.text,
+        completion.finish_reason or "abort",
+        logprobs,
     )
 
 
@@ -219,4 +256,5 @@ def record_response(
         temperatures=generation.temperatures,
         text=generation.text,
         finish_reason=generation.finish_reason,
+        logprobs=generation.logprobs,
     )

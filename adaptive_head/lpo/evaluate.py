@@ -14,13 +14,10 @@ from adaptive_head.lpo.arms import (
     Arm,
     HeadUnderTest,
     make_arm_key,
-    plan_arms,
-    plan_controls,
     read_heads,
-    save_shuffled_heads,
 )
 from adaptive_head.lpo.choices import describe_choices
-from adaptive_head.lpo.comparison import Rewards, summarise_arm
+from adaptive_head.lpo.controls import plan_arms, plan_controls, plan_tuned
 from adaptive_head.lpo.engine import Engine, Generation, GenerationRequest, record_response
 from adaptive_head.lpo.experiment import EngineConfig, Experiment
 from adaptive_head.lpo.plots import draw_plots
@@ -28,7 +25,9 @@ from adaptive_head.lpo.progress import TokenProgress
 from adaptive_head.lpo.records import Prompt, Response
 from adaptive_head.lpo.report import build_results, write_report
 from adaptive_head.lpo.rewards import score_responses
+from adaptive_head.lpo.summaries import Rewards, summarise_arm
 from adaptive_head.lpo.token_ranges import Decode
+from adaptive_head.lpo.tuning import choose_best_fixed, tune
 
 Encode = Callable[[Prompt], tuple[int, ...]]
 OpenEngine = Callable[
@@ -49,18 +48,19 @@ def evaluate(
     open_engine: OpenEngine = engines.open_engine,
     decode: Decode | None = None,
 ) -> None:
-    """Compare trained heads with the controls of `lpo.arms` on held-out prompts.
+    """Compare trained heads with the controls of `lpo.controls` on held-out prompts.
 
-    Writes `answers/ARM.jsonl`, `controls/` (heads that shuffle), `results.json`, `results.md` and
-    plots. Answers are kept: after an interruption, and after a change of the settings of some
-    arms only, the rest is generated; an arm whose settings changed starts over.
+    Writes `answers/ARM.jsonl`, `results.json`, `results.md` and plots. Answers are kept: after an
+    interruption, and after a change of the settings of some arms only, the rest is generated; an
+    arm whose settings changed starts over.
 
     Args:
         model: a folder, or a name on the Hugging Face hub.
         heads: folders by name; a name that is one of the experiment's heads answers the tasks
-            that it was trained for, any other all tasks.
-        train_prompts: of each task the first `evaluation.num_train_prompts` choose its best fixed
-            temperature.
+            that it was trained for, any other all tasks. `arms.name_replicate` names the heads of
+            further training seeds, which are counted together with the first.
+        train_prompts: of each task the first `evaluation.num_train_prompts` tune its controls.
+        test_prompts: each with its group.
         encode: a prompt's token ids.
         rewards: by task and name.
         decode: token ids -> text; None is the model's own tokenizer, read where it is needed.
@@ -72,7 +72,6 @@ def evaluate(
     """
     questions = Questions(
         {"train": choose_train_prompts(experiment, train_prompts), "test": tuple(test_prompts)},
-        experiment.evaluation.num_responses,
         encode,
     )
     tested = read_heads(experiment, heads)
@@ -83,14 +82,19 @@ def evaluate(
         examiner = Examiner(experiment, model, tested, questions, rewards, book, open_engine)
         arms = plan_arms(experiment, tested)
         examiner.examine(arms, heads)
-        control_heads: dict[str, Path] = {}
-        controls = []
+        tuning = [arm for arm in arms if arm.kind == "train"]
+        tuning_answers = {arm.name: examiner.read_answers(arm) for arm in tuning}
+        best = choose_best_fixed(experiment, tuning_answers, tuning)
+        controls = plan_tuned(experiment, model, tested, tune(experiment, tuning_answers, tuning))
+        fixed = {
+            arm.temperature: examiner.read_answers(arm)
+            for arm in arms
+            if arm.kind == "fixed" and arm.temperature is not None
+        }
         for name, head in tested.items():
             answers = examiner.read_answers(next(a for a in arms if a.name == f"head-{name}"))
-            meanshift, shuffled = plan_controls(experiment, head, answers)
-            controls += [meanshift, shuffled]
-            control_heads |= save_shuffled_heads(shuffled, head.metadata, folder / "controls")
-        examiner.examine(controls, control_heads)
+            controls += plan_controls(experiment, head, answers, fixed)
+        examiner.examine(controls, heads)
 
         summaries = {}
         chosen = {}
@@ -98,14 +102,14 @@ def evaluate(
             answers = examiner.read_answers(arm)
             level = tested[arm.head].metadata.level if arm.head else "token"
             summaries[arm.name] = summarise_arm(arm, level, answers, experiment, rewards)
-            if arm.kind == "head" and arm.head:
+            if arm.kind == "head" and arm.head and arm.head == tested[arm.head].base:
                 metadata = tested[arm.head].metadata
                 chosen[arm.head] = describe_choices(
                     experiment, metadata, answers, questions.prompts["test"], rewards, decode
                 )
         num_seconds = book.num_seconds
     results = build_results(
-        experiment, tested, questions.prompts, summaries, chosen, rewards, num_seconds
+        experiment, tested, questions.prompts, summaries, best, chosen, rewards, num_seconds
     )
     write_report(results, folder, draw_plots(results, folder))
 
@@ -124,7 +128,6 @@ class Questions:
     """What every arm is asked: each prompt of its split and its tasks, so many times."""
 
     prompts: Mapping[str, tuple[Prompt, ...]]
-    num_responses: int
     encode: Encode
 
     @cached_property
@@ -136,7 +139,7 @@ class Questions:
         """Prompt and sample of each answer of an arm."""
         for prompt in self.prompts[arm.split]:
             if prompt.task in arm.settings:
-                for sample in range(self.num_responses):
+                for sample in range(arm.num_samples):
                     yield prompt, sample
 
 
@@ -196,12 +199,14 @@ class Examiner:
         return [answers[prompt.id, sample] for prompt, sample in self.questions.list(arm)]
 
     def _make_request(self, arm: Arm, prompt: Prompt, sample: int) -> GenerationRequest:
+        setting = arm.find_setting(prompt, sample)
         return GenerationRequest(
             id=f"{arm.name}|{prompt.id}|{sample}",
             prompt_token_ids=self.questions.token_ids[prompt.id],
             max_tokens=self.experiment.tasks[prompt.task].max_tokens,
             seed=arm.make_seed(self.experiment, prompt, sample),
-            temperature=arm.find_setting(prompt, sample),
+            temperature=setting.temperature,
+            filters=setting.filters,
         )
 
     def _score(self, job: Job, generation: Generation) -> Response:

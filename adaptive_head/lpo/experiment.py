@@ -20,11 +20,13 @@ from adaptive_head.head import check_temperatures
 from adaptive_head.lpo.records import DataError
 from adaptive_head.lpo.rewards import RewardConfig
 from adaptive_head.options import Level
-from adaptive_head.parameters import EntropyParameters, Temperature
+from adaptive_head.parameters import Temperature
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+# Training seeds and streams of answers that a primary experiment has.
+MIN_REPLICATES = 3
 LossName = Literal["eq10", "centred", "eq11", "eq9", "nll", "cross_entropy"]
 
 
@@ -35,14 +37,17 @@ class _Strict(BaseModel):
 class PromptConfig(_Strict):
     """Where a task's prompts come from: a generator of `lpo.tasks`, or JSONL files.
 
-    A line of a file is `{"messages": [...]}` or `{"text": "..."}`; any other key of it goes into
-    the prompt's reference. `template` wraps a line's value `{prompt}` or other keys instead.
+    A line of a file is `{"messages": [...], "group": "..."}` or `{"text": "...", "group": "..."}`
+    and may have a `kind`; any other key of it goes into the prompt's reference. `template` wraps a
+    line's value `{prompt}` or other keys instead, and `group`, such as `{question}`, names the
+    group by a line's keys.
     """
 
     generate: str | None = None
     file: Path | None = None
     test_file: Path | None = None
     template: str | None = None
+    group: str | None = None
     num_train: Count
     num_test: Count
 
@@ -55,8 +60,8 @@ class PromptConfig(_Strict):
     def _check_source(self) -> Self:
         if (self.generate is None) == (self.file is None):
             raise ValueError("give either generate or file")
-        if self.generate and (self.test_file or self.template):
-            raise ValueError("test_file and template belong to file")
+        if self.generate and (self.test_file or self.template or self.group):
+            raise ValueError("test_file, template and group belong to file")
         return self
 
 
@@ -174,26 +179,31 @@ class EvaluationConfig(_Strict):
     """What the heads are compared with on held-out prompts.
 
     Args:
-        num_responses: to each prompt, in every arm.
-        num_train_prompts: a task's training prompts on which its best fixed temperature is
-            chosen; 0 leaves that control out.
+        num_responses: to each prompt in each stream, in every arm.
+        num_streams: independent repetitions of all answers, which the bootstrap resamples.
+        num_train_prompts: a task's training prompts on which controls are tuned; None is all, as
+            the heads have, 0 leaves the best fixed temperatures out and the rest untuned.
         majority: compare answers by majority vote over `num_responses` (maj@N), too.
-        entropy: settings of the entropy rule, the learning-free control.
     """
 
     num_responses: Count = 1
-    num_train_prompts: Annotated[int, Field(ge=0)] = 100
+    num_streams: Annotated[int, Field(ge=1, le=100)] = 1
+    num_train_prompts: Annotated[int, Field(ge=0)] | None = None
     fixed: tuple[Temperature, ...] = ()
     majority: bool = False
-    entropy: EntropyParameters = EntropyParameters()
-    num_bootstrap: Count = 10_000
+    num_bootstrap: Count = 20_000
 
 
 class Experiment(_Strict):
     """A whole experiment file.
 
     Args:
+        name: part of every derived seed, so that experiments share neither draws nor prompts.
         model: `embedded`, a folder, or a name on the Hugging Face hub.
+        primary: its results are the evidence for its heads. It needs `MIN_REPLICATES` training
+            seeds and streams of answers; any other experiment is exploratory.
+        num_training_seeds: how often heads are trained, each time on rollouts of their own. The
+            first one's heads are those that ship, whatever the others' are worth.
         heads: by name; those of one level and one set of temperatures share rollouts.
     """
 
@@ -201,6 +211,8 @@ class Experiment(_Strict):
     about: str = ""
     model: str = "embedded"
     seed: Seed = 0
+    primary: bool = False
+    num_training_seeds: Annotated[int, Field(ge=1, le=100)] = 1
     engine: EngineConfig = EngineConfig()
     tasks: Annotated[dict[Name, TaskConfig], Field(min_length=1)]
     rollouts: RolloutConfig = RolloutConfig()
@@ -213,6 +225,26 @@ class Experiment(_Strict):
             if unknown := set(head.tasks) - self.tasks.keys():
                 raise ValueError(f"heads.{name}.tasks: {', '.join(sorted(unknown))} is not a task")
         return self
+
+    @model_validator(mode="after")
+    def _check_primary(self) -> Self:
+        counts = {
+            "num_training_seeds": self.num_training_seeds,
+            "evaluation.num_streams": self.evaluation.num_streams,
+        }
+        for name, count in counts.items():
+            if self.primary and count < MIN_REPLICATES:
+                raise ValueError(f"primary: {name} must be at least {MIN_REPLICATES}")
+        return self
+
+    def derive_seed(self, *parts: object) -> int:
+        """A seed in [0, 2^31) that depends on the experiment's name and seed, and on `parts`."""
+        return derive_seed(self.name, self.seed, *parts)
+
+    def seed_recipe(self, recipe: HeadRecipe, replicate: int) -> HeadRecipe:
+        """A head's recipe with the seed of one training, which no other experiment uses."""
+        seed = self.derive_seed("training", recipe.seed, replicate)
+        return recipe.model_copy(update={"seed": seed})
 
     def shrink(self) -> "Experiment":
         """The `--quick` form: the same stages on a few short responses, in minutes.
@@ -236,9 +268,13 @@ class Experiment(_Strict):
             name: head.model_copy(update={"max_epochs": 2}) for name, head in self.heads.items()
         }
         evaluation = {"num_responses": min(self.evaluation.num_responses, 3)}
-        evaluation |= {"num_train_prompts": min(self.evaluation.num_train_prompts, 2)}
+        evaluation |= {"num_streams": min(self.evaluation.num_streams, 2)}
+        if self.evaluation.num_train_prompts != 0:
+            evaluation |= {"num_train_prompts": 1}
         return self.model_copy(
             update={
+                "primary": False,
+                "num_training_seeds": min(self.num_training_seeds, 2),
                 "tasks": tasks,
                 "heads": heads,
                 "rollouts": self.rollouts.model_copy(update={"num_responses": 6}),

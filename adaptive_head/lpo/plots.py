@@ -80,7 +80,7 @@ def draw_win_rates(results: Json) -> Figure | None:
     num_arms = max(len(_list_opponents(rows)) for of_head in tables for _, rows in of_head)
     figure, panels = _make_panels(len(tables), max(map(len, tables)), 3.3, 0.9 + 0.23 * num_arms)
     for row, name, of_head in zip(panels, heads, tables, strict=True):
-        rates = [r["win_rate"] for _, rows in of_head for r in _list_opponents(rows)]
+        rates = [_fill_bounds(r["win_rate"]) for _, rows in of_head for r in _list_opponents(rows)]
         ends = [100 * rate[end] - 50 for rate in rates for end in ("low", "high")]
         reach = max(5.0, 1.08 * max(map(abs, ends)))
         for panel, (title, rows) in zip(row, of_head, strict=False):
@@ -96,8 +96,13 @@ def _list_opponents(rows: Sequence[Json]) -> list[Json]:
     return [row for row in rows if "win_rate" in row and row["votes"] == 1]
 
 
+def _fill_bounds(interval: Json) -> Json:
+    """Without an interval there is a point."""
+    return {key: interval["mean"] if value is None else value for key, value in interval.items()}
+
+
 def _draw_forest(panel: Axes, rows: Sequence[Json], has_labels: bool) -> None:
-    rates = [row["win_rate"] for row in rows]
+    rates = [_fill_bounds(row["win_rate"]) for row in rows]
     low, mean, high = (100 * np.array([r[key] for r in rates]) for key in ("low", "mean", "high"))
     places = np.arange(len(rows))[::-1]
     panel.axvline(50, color=GREY, linewidth=1)

@@ -26,6 +26,9 @@ class Prompt:
         id: unique within an experiment, such as `arithmetic/train/17`.
         task: the name of the task that it belongs to.
         reference: what rewards compare with, such as `{"answer": 21}`.
+        group: the content that it shares with other prompts, such as its operands or its title.
+            Statistics resample groups. Empty where it is unknown.
+        kind: stratum of the group, such as `sums`; empty: the task.
     """
 
     id: str
@@ -33,6 +36,8 @@ class Prompt:
     messages: tuple[dict[str, str], ...] | None = None
     text: str | None = None
     reference: dict[str, Any] = field(default_factory=dict)
+    group: str = ""
+    kind: str = ""
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.text is None):
@@ -47,9 +52,11 @@ class Response:
 
     Args:
         sample: 0 to N - 1, the response's number within its prompt.
-        seed: of the request; it depends on prompt, sample and the experiment's seed only.
+        seed: of the request; it depends on prompt, sample and the experiment's name and seed only.
         temperatures: of each token, as the worker applied them.
         scores: by the name of the reward; higher is better.
+        logprobs: of each token under the model at temperature 1, before any filter; None in files
+            that were written before these were recorded.
     """
 
     prompt_id: str
@@ -62,12 +69,13 @@ class Response:
     text: str
     finish_reason: FinishReason
     scores: dict[str, float] = field(default_factory=dict)
+    logprobs: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if len(self.temperatures) != len(self.token_ids):
-            raise ValueError(
-                f"{len(self.token_ids)} tokens but {len(self.temperatures)} temperatures"
-            )
+        for name in ("temperatures", "logprobs"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.token_ids):
+                raise ValueError(f"{len(self.token_ids)} tokens but {len(values)} {name}")
         for name, score in self.scores.items():
             if not math.isfinite(score):
                 raise ValueError(f"scores.{name} is {score}")

@@ -18,16 +18,15 @@ from adaptive_head.lpo.comparison import (
     LOSES,
     TOO_FEW,
     UNDECIDED,
-    ArmSummary,
     Comparison,
-    Rewards,
-    choose_best_fixed,
     list_opponents,
 )
 from adaptive_head.lpo.experiment import Experiment
 from adaptive_head.lpo.records import Prompt
-from adaptive_head.lpo.statistics import LEVEL, MIN_PROMPTS
+from adaptive_head.lpo.statistics import LEVEL, MIN_GROUPS
+from adaptive_head.lpo.summaries import ArmSummary, Rewards
 from adaptive_head.lpo.tables import render_tables
+from adaptive_head.lpo.tuning import BestFixed
 
 RESULTS_FILE = "results.json"
 TABLES_FILE = "results.md"
@@ -37,8 +36,14 @@ _JUDGES = {
     "meanshift": "MeanShift, its own mean temperature",
     "best_fixed": "the best fixed temperature of the task",
     "best_fixed_overall": "the best fixed temperature for all tasks",
+    "equal_surprisal": "the constant of equal entropy",
     "shuffled": "its own temperatures in random order",
-    "entropy": "the entropy rule",
+    "dealt": "its temperatures for other prompts",
+    "entropy": "EDT",
+    "min_p": "min-p",
+    "top_p": "top-p",
+    "card": "the model card's setting",
+    "head_min_p": "itself with min-p",
 }
 _MAIN_JUDGES = ("meanshift", "best_fixed")
 
@@ -50,6 +55,7 @@ def build_results(
     heads: Mapping[str, HeadUnderTest],
     prompts: Mapping[str, Sequence[Prompt]],
     summaries: Mapping[str, ArmSummary],
+    best: BestFixed | None,
     chosen: Mapping[str, Mapping[str, Any]],
     rewards: Rewards,
     num_seconds: float,
@@ -57,13 +63,13 @@ def build_results(
     """All results as one JSON object.
 
     Args:
-        heads: by name.
+        heads: by name, those of further training seeds among them.
         prompts: of the splits `train` and `test`.
         summaries: of every arm, by its name.
-        chosen: by head and task, from `lpo.choices.describe_choices`.
+        best: the fixed temperatures that training prompts chose.
+        chosen: by head and task, from `lpo.choices.describe_choices`; of the first training seed.
         num_seconds: spent on generating.
     """
-    best = choose_best_fixed(experiment, prompts["train"], summaries)
     comparison = Comparison(experiment, prompts["test"], rewards)
     tests = [summary for summary in summaries.values() if summary.arm.split == "test"]
     tasks = {}
@@ -75,6 +81,10 @@ def build_results(
             "num_prompts": {
                 split: sum(p.task == task for p in of_split) for split, of_split in prompts.items()
             },
+            "num_groups": {
+                split: len({p.group for p in of_split if p.task == task})
+                for split, of_split in prompts.items()
+            },
             "best_fixed": best.by_task.get(task) if best else None,
             "rewards": {arm.arm.name: comparison.average_rewards(arm, task) for arm in arms},
         }
@@ -83,6 +93,9 @@ def build_results(
         "about": experiment.about,
         "model": next((describe_model(head) for head in heads.values()), None),
         "seed": experiment.seed,
+        "primary": experiment.primary,
+        "num_training_seeds": experiment.num_training_seeds,
+        "num_streams": experiment.evaluation.num_streams,
         "num_responses": experiment.evaluation.num_responses,
         "num_bootstrap": experiment.evaluation.num_bootstrap,
         "level_of_intervals": LEVEL,
@@ -95,6 +108,7 @@ def build_results(
             name: {
                 "kind": summary.arm.kind,
                 "head": summary.arm.head,
+                "setting": summary.arm.label,
                 "mean_temperatures": dict(summary.temperatures),
                 "num_tokens": summary.num_tokens,
                 "finish_reasons": dict(summary.finish_reasons),
@@ -103,9 +117,13 @@ def build_results(
         },
         "heads": {},
     }
-    for name, head in heads.items():
-        own = summaries[f"head-{name}"]
-        opponents = list_opponents(head, summaries, best)
+    by_base: dict[str, list[HeadUnderTest]] = {}
+    for head in heads.values():
+        by_base.setdefault(head.base, []).append(head)
+    for name, of_seeds in by_base.items():
+        head = of_seeds[0]
+        own = [summaries[f"head-{of_seed.name}"] for of_seed in of_seeds]
+        opponents = list_opponents(of_seeds, summaries, best)
         rows = {task: comparison.compare_on_task(own, opponents, task) for task in head.tasks}
         is_one = len(head.tasks) == 1
         average = None if is_one else comparison.compare_on_average(own, opponents, head.tasks)
@@ -113,6 +131,8 @@ def build_results(
             "level": head.metadata.level,
             "temperatures": list(head.metadata.bounds),
             "weights": head.weights,
+            # Of each training seed; the first one's head is the one that ships.
+            "trained": [of_seed.metadata.trained for of_seed in of_seeds],
             "verdict": write_verdict(name, rows, average),
             "tasks": {task: {"rows": rows[task], "chosen": chosen[name][task]} for task in rows},
             "average": average,
@@ -174,7 +194,7 @@ def write_verdict(
     by_kind = {row["kind"]: row for row in decisive if row["votes"] == 1}
     noise = by_kind["self"]
     if noise["verdict"] == TOO_FEW:
-        return f"{scope}, head {head} {TOO_FEW} anything: every task needs {MIN_PROMPTS}."
+        return f"{scope}, head {head} {TOO_FEW} anything: every task needs {MIN_GROUPS}."
     judged = [(by_kind[kind], name) for kind, name in _JUDGES.items() if kind in by_kind]
     is_noisy = noise["verdict"] != UNDECIDED
     warning = ", by chance alone: wins of this size mean nothing" if is_noisy else ""
@@ -216,6 +236,8 @@ def _join(parts: Sequence[str]) -> str:
 
 def _show_win_rate(row: Row) -> str:
     rate = row["win_rate"]
+    if rate["low"] is None:
+        return f"{100 * rate['mean']:.1f} %"
     return f"{100 * rate['mean']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 

@@ -7,7 +7,7 @@ from adaptive_head.checkpoint import save_head
 from adaptive_head.head import AdaptiveHead, HeadConfig
 from adaptive_head.language_model import LanguageModel
 from adaptive_head.lpo.engine import Engine, GenerationRequest, open_engine, record_response
-from adaptive_head.lpo.experiment import Experiment, derive_seed, digest
+from adaptive_head.lpo.experiment import Experiment, digest
 from adaptive_head.lpo.progress import TokenProgress
 from adaptive_head.lpo.records import Prompt, Response
 from adaptive_head.lpo.rewards import Reward, score_responses
@@ -28,6 +28,7 @@ def roll_out(
     encode: Encode,
     rewards: Mapping[str, Mapping[str, Reward]],
     folder: Path,
+    replicate: int = 0,
 ) -> list[Response]:
     """Sample and score `rollouts.num_responses` responses to each prompt (Eq. 5, arXiv 2411.09661).
 
@@ -36,22 +37,26 @@ def roll_out(
     Args:
         rewards: by task and name.
         folder: of the shards, and of the head that samples.
+        replicate: number of the training seed; each has rollouts of its own.
 
     Raises:
         DataError: the folder belongs to other settings, or a reward failed.
         OSError: the disk is full; everything written so far is kept.
     """
-    own = [model.identity.model_dump(), level, temperatures, experiment.seed]
+    seeds = [experiment.name, experiment.seed, replicate]
+    own = [model.identity.model_dump(), level, temperatures, seeds]
     key = digest([*own, *describe(experiment, prompts)])
     manifest = read_manifest(folder)
     if not (manifest and manifest["key"] == key and manifest["is_complete"]):
         head = folder / "head"
         if not (head / "head.json").exists():
             config = HeadConfig(model.hidden_size, temperatures, (64,))
-            network = AdaptiveHead(config, experiment.seed)
+            network = AdaptiveHead(config, experiment.derive_seed("uniform", replicate))
             save_head(head, network, level=level, base_model=model.identity, trained=False)
         with ShardWriter(folder, key, experiment.rollouts.shard_size) as writer:
-            requests = dict(prepare_requests(experiment, level, prompts, encode, writer.keys))
+            requests = dict(
+                prepare_requests(experiment, level, prompts, encode, writer.keys, replicate)
+            )
             if requests:
                 with open_engine(model.folder, experiment.engine, {HEAD_NAME: head}) as engine:
                     sample(engine, requests, rewards, writer)
@@ -80,6 +85,7 @@ def prepare_requests(
     prompts: Sequence[Prompt],
     encode: Encode,
     done: set[tuple[str, int]],
+    replicate: int,
 ) -> Iterator[tuple[GenerationRequest, tuple[Prompt, int]]]:
     """The requests that are still missing, each with its prompt and sample."""
     adaptive = AdaptiveRequest(head=HEAD_NAME, select="sample")
@@ -90,7 +96,7 @@ def prepare_requests(
                     id=f"{prompt.id}#{number}",
                     prompt_token_ids=encode(prompt),
                     max_tokens=experiment.tasks[prompt.task].max_tokens,
-                    seed=derive_seed(experiment.seed, "rollout", level, prompt.id, number),
+                    seed=experiment.derive_seed("rollout", replicate, level, prompt.id, number),
                     temperature=adaptive,
                 )
                 yield request, (prompt, number)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from adaptive_head.language_model import LanguageModel
+from adaptive_head.lpo.arms import name_replicate
 from adaptive_head.lpo.evaluate import evaluate
 from adaptive_head.lpo.experiment import Experiment, HeadRecipe
 from adaptive_head.lpo.features import compute_features
@@ -39,8 +41,11 @@ class Run:
     prompts/     train.jsonl, test.jsonl
     rollouts/    for each level and set of temperatures: shards, and the features of their pairs
     heads/NAME/  pairs.jsonl with report and plot, training logs, head/
+    seeds/N/     rollouts/ and heads/ of a further training seed, from 2
     evaluation/  answers, results.json, results.md, plots
     ```
+
+    The heads of the first training seed are those that ship, whatever the others' are worth.
     """
 
     experiment: Experiment
@@ -60,13 +65,17 @@ class Run:
                     reward.check_prompt(prompt)
             (self.folder / "prompts").mkdir(parents=True, exist_ok=True)
             write_records(self.folder / "prompts" / f"{split}.jsonl", prompts)
-        for group, recipes in self.groups.items():
-            responses = self.roll_out(group)
+        replicates = range(self.experiment.num_training_seeds)
+        for replicate, (group, recipes) in product(replicates, self.groups.items()):
+            responses = self.roll_out(group, replicate)
             if last == STAGES.index("rollouts"):
                 continue
-            pairs = {name: self.pair(name, recipe, responses) for name, recipe in recipes.items()}
+            pairs = {
+                name: self.pair(name, recipe, responses, replicate)
+                for name, recipe in recipes.items()
+            }
             if last >= STAGES.index("train"):
-                self.train(group, recipes, responses, pairs)
+                self.train(group, recipes, responses, pairs, replicate)
         if last >= STAGES.index("evaluate"):
             self.evaluate()
 
@@ -76,8 +85,9 @@ class Run:
 
     @cached_property
     def prompts(self) -> dict[Split, list[Prompt]]:
+        seed = self.experiment.derive_seed("prompts")
         return {
-            split: make_prompts(self.experiment.tasks, split, self.experiment.seed, self.tokenizer)
+            split: make_prompts(self.experiment.tasks, split, seed, self.tokenizer)
             for split in get_args(Split)
         }
 
@@ -110,8 +120,8 @@ class Run:
             groups.setdefault((recipe.level, recipe.temperatures), {})[name] = recipe
         return groups
 
-    def roll_out(self, group: Group) -> list[Response]:
-        """The rollouts of a group."""
+    def roll_out(self, group: Group, replicate: int) -> list[Response]:
+        """The rollouts of a group for one training seed, by its number from 0."""
         level, temperatures = group
         return roll_out(
             self.experiment,
@@ -121,10 +131,13 @@ class Run:
             prompts=self.prompts["train"],
             encode=partial(encode_prompt, self.tokenizer),
             rewards=self.rewards,
-            folder=self.group_folder(group),
+            folder=self.group_folder(group, replicate),
+            replicate=replicate,
         )
 
-    def pair(self, name: str, recipe: HeadRecipe, responses: Sequence[Response]) -> PairSet:
+    def pair(
+        self, name: str, recipe: HeadRecipe, responses: Sequence[Response], replicate: int
+    ) -> PairSet:
         """The pairs of one head, with their report."""
         pairs = make_pairs(
             {prompt.id: prompt for prompt in self.prompts["train"]},
@@ -133,9 +146,9 @@ class Run:
             recipe,
             self.rewards,
             partial(self.tokenizer.decode, skip_special_tokens=True),
-            self.experiment.seed,
+            self.experiment.derive_seed("pairs", replicate),
         )
-        folder = self.folder / "heads" / name
+        folder = self.head_folder(name, replicate)
         folder.mkdir(parents=True, exist_ok=True)
         write_records(folder / "pairs.jsonl", pairs.pairs)
         write_report(pairs, responses, recipe, folder)
@@ -147,6 +160,7 @@ class Run:
         recipes: Mapping[str, HeadRecipe],
         responses: Sequence[Response],
         pairs: Mapping[str, PairSet],
+        replicate: int,
     ) -> None:
         """The heads of a group, all on one computation of the features."""
         level, temperatures = group
@@ -160,19 +174,20 @@ class Run:
             paired,
             level,
             temperatures,
-            self.group_folder(group) / "features",
+            self.group_folder(group, replicate) / "features",
             needs_logprobs=any(recipe.loss == "eq11" for recipe in recipes.values()),
         )
         for name, recipe in recipes.items():
             needs_logits = recipe.loss == "cross_entropy"
             train_head(
-                recipe,
+                self.experiment.seed_recipe(recipe, replicate),
                 features,
                 pairs[name].pairs,
-                self.folder / "heads" / name,
+                self.head_folder(name, replicate),
                 identity=self.model.identity,
                 provenance={
                     "experiment": self.experiment.model_dump(mode="json"),
+                    "training_seed": replicate + 1,
                     "num_responses": len(responses),
                     "num_tokens": sum(len(response.token_ids) for response in responses),
                 },
@@ -185,7 +200,11 @@ class Run:
         evaluate(
             self.experiment,
             self.model.folder,
-            {name: self.folder / "heads" / name / "head" for name in self.experiment.heads},
+            {
+                name_replicate(name, replicate): self.head_folder(name, replicate) / "head"
+                for name in self.experiment.heads
+                for replicate in range(self.experiment.num_training_seeds)
+            },
             self.prompts["train"],
             self.prompts["test"],
             partial(encode_prompt, self.tokenizer),
@@ -193,6 +212,13 @@ class Run:
             self.folder / "evaluation",
         )
 
-    def group_folder(self, group: Group) -> Path:
+    def seed_folder(self, replicate: int) -> Path:
+        return self.folder if replicate == 0 else self.folder / "seeds" / str(replicate + 1)
+
+    def head_folder(self, name: str, replicate: int) -> Path:
+        return self.seed_folder(replicate) / "heads" / name
+
+    def group_folder(self, group: Group, replicate: int) -> Path:
         level, temperatures = group
-        return self.folder / "rollouts" / "-".join([level, *(f"{t:g}" for t in temperatures)])
+        folder = self.seed_folder(replicate) / "rollouts"
+        return folder / "-".join([level, *(f"{t:g}" for t in temperatures)])

@@ -16,7 +16,6 @@ import numpy as np
 LEVEL = 0.95
 # Below this a percentile interval is much too narrow: five groups that agree would decide.
 MIN_GROUPS = 20
-MIN_PROMPTS = 20
 _MAX_DRAWS = 4_000_000
 _ROUNDING = 1e-9
 
@@ -222,54 +221,6 @@ def _student_quantile(tail: float, degrees: int) -> float:
         + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
     )
-
-
-def bootstrap_mean(values: np.ndarray, num: int, seed: int) -> Interval:
-    """The mean over prompts, with a percentile interval from resampled prompts.
-
-    The prompt is what is drawn, since samples of one prompt resemble each other: `values` holds
-    one number a prompt, the mean over its samples. For a comparison of two arms that number is
-    the difference, so that the prompt's difficulty cancels (paired bootstrap, Koehn 2004).
-
-    Args:
-        values: [prompts], finite.
-        num: resamples.
-        seed: equal seeds and lengths draw equal prompts.
-
-    Raises:
-        ValueError: there are no values.
-    """
-    return bootstrap_average([values], num, seed)
-
-
-def bootstrap_average(groups: Sequence[np.ndarray], num: int, seed: int) -> Interval:
-    """The average over tasks of the means over their prompts; every task weighs the same.
-
-    Prompts are resampled within their task.
-
-    Args:
-        groups: a task's values [prompts], each as in `bootstrap_mean`.
-
-    Raises:
-        ValueError: there is no group, or an empty one.
-    """
-    if not groups or any(len(values) == 0 for values in groups):
-        raise ValueError("a mean needs at least one value in every group")
-    draws = np.zeros(num)
-    for index, values in enumerate(groups):
-        draws += np.concatenate(list(_draw_means(values, num, [seed, index])))
-    low, high = np.quantile(draws / len(groups), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    mean = np.mean([values.mean() for values in groups])
-    return Interval(float(mean), float(low), float(high))
-
-
-def _draw_means(values: np.ndarray, num: int, seed: list[int]) -> Iterator[np.ndarray]:
-    """`num` means of resampled values, in blocks that fit into memory."""
-    rng = np.random.default_rng(seed)
-    block = max(1, _MAX_DRAWS // len(values))
-    for start in range(0, num, block):
-        drawn = rng.integers(len(values), size=(min(block, num - start), len(values)))
-        yield values[drawn].mean(axis=1)
 
 
 def count_votes(answers: Sequence[Hashable | None], scores: Sequence[float]) -> float:

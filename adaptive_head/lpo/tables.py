@@ -4,14 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from adaptive_head.lpo.arms import format_temperature
-from adaptive_head.lpo.statistics import MIN_PROMPTS, Interval
+from adaptive_head.lpo.statistics import LEVEL, MIN_GROUPS, Interval
 
 Json = Mapping[str, Any]
 # Labels of these leave open which temperature it is.
-_UNNAMED = ("meanshift", "best_fixed", "best_fixed_overall")
+_UNNAMED = ("meanshift", "equal_surprisal", "best_fixed", "best_fixed_overall")
 _PLOTS = {
     "temperatures.png": "How often each temperature was chosen",
-    "win_rates.png": "Win rates of the heads, with 95 % intervals",
+    "win_rates.png": "Win rates of the heads, with simultaneous 95 % intervals",
     "positions.png": "Mean temperature by the token's position",
     "spans.png": "Mean temperature by the distance from the beginning of a span",
 }
@@ -24,19 +24,21 @@ def render_tables(results: Json, plots: Sequence[str]) -> str:
         plots: names of the files that there are.
     """
     lines = [*_render_opening(results)]
+    label = "" if results["primary"] else " (exploratory)"
     for name, head in results["heads"].items():
         lines += ["", f"## Head {name} ({head['level']} level)", "", head["verdict"]]
+        if not all(head["trained"]):
+            lines += ["", _describe_failures(head["trained"])]
         for task, of_task in head["tasks"].items():
             about = results["tasks"][task]
-            num_prompts = about["num_prompts"]["test"]
-            lines += ["", f"### {task}: {about['metric']}, {num_prompts} prompts", ""]
-            lines += _render_rows(of_task["rows"], about["metric"], num_prompts)
+            size = f"{about['num_prompts']['test']} prompts in {about['num_groups']['test']} groups"
+            lines += ["", f"### {task}: {about['metric']}, {size}{label}", ""]
+            lines += _render_rows(of_task["rows"], about["metric"])
         if head["average"]:
-            num_prompts = min(
-                results["tasks"][task]["num_prompts"]["test"] for task in head["tasks"]
-            )
-            lines += ["", f"### Average over {len(head['tasks'])} tasks", ""]
-            lines += _render_rows(head["average"], "mean of the metrics", num_prompts, True)
+            fewest = min(results["tasks"][task]["num_groups"]["test"] for task in head["tasks"])
+            size = f"at least {fewest} groups each"
+            lines += ["", f"### Average over {len(head['tasks'])} tasks, {size}{label}", ""]
+            lines += _render_rows(head["average"], "mean of the metrics", True)
         lines += ["", "### Temperatures that it chose", "", *_render_choices(head)]
     lines += ["", "## Every reward", "", "Means over the test prompts."]
     for task, about in results["tasks"].items():
@@ -50,12 +52,8 @@ def render_tables(results: Json, plots: Sequence[str]) -> str:
 def _render_opening(results: Json) -> Iterator[str]:
     machine = results["machine"]
     prompts = ", ".join(
-        f"{task} {about['num_prompts']['test']}" for task, about in results["tasks"].items()
-    )
-    num_rows = sum(
-        len([row for row in rows if "win_rate" in row])
-        for head in results["heads"].values()
-        for rows in [*(task["rows"] for task in head["tasks"].values()), head["average"] or []]
+        f"{task} {about['num_prompts']['test']} in {about['num_groups']['test']} groups"
+        for task, about in results["tasks"].items()
     )
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     yield f"# {results['experiment']}: evaluation"
@@ -63,7 +61,13 @@ def _render_opening(results: Json) -> Iterator[str]:
         yield from ("", results["about"])
     yield ""
     yield f"- Model: {results['model']['name'] if results['model'] else 'unknown'}"
-    yield f"- Test prompts: {prompts}; {results['num_responses']} answers to each in every arm"
+    standing = "primary" if results["primary"] else "exploratory"
+    yield f"- Standing: {standing}"
+    yield (
+        f"- Test prompts: {prompts}; in every arm {results['num_responses']} answers to each in "
+        f"each of {results['num_streams']} streams"
+    )
+    yield f"- Trainings of each head: {results['num_training_seeds']}; the first one's ships"
     yield f"- Seed: {results['seed']}"
     yield (
         f"- Generated: {results['num_tokens']:,} tokens in {results['num_seconds']:,.0f} s "
@@ -71,24 +75,27 @@ def _render_opening(results: Json) -> Iterator[str]:
     )
     yield ""
     yield (
-        "In brackets are 95 % intervals, from a bootstrap over prompts "
-        f"({results['num_bootstrap']:,} resamples), paired by prompt and sample. The head wins a "
-        "sample that has the higher metric, or, where that is equal, the higher of the task's "
-        "further rewards in their order; a tie is half a win. **Bold**: the interval excludes no "
-        f"difference. Of {num_rows} win rates about {num_rows / 20:.0f} would be bold if no arm "
-        f"differed from any other. With fewer than {MIN_PROMPTS} prompts nothing is bold."
+        "In brackets are intervals from a bootstrap over training seeds, groups of prompts and "
+        f"streams ({results['num_bootstrap']:,} resamples), paired by prompt and sample. Prompts "
+        "of one group share their content. All intervals of a column of one table hold together "
+        "at 95 %: each is wider by Bonferroni's correction for the number of comparisons printed "
+        "under the table. The head wins a sample that has the higher metric, or, where that is "
+        "equal, the higher of the task's further rewards in their order; a tie is half a win. "
+        "**Bold**: the interval of the win rate excludes 50 %. With fewer than "
+        f"{MIN_GROUPS} groups there is no interval."
     )
     yield ""
     yield (
-        "The best fixed temperatures were chosen on training prompts; MeanShift is the mean of the "
-        "head's temperatures on the task's test prompts; shuffled are the same temperatures in "
-        "random order."
+        "The best fixed temperatures, EDT, min-p, top-p and the head with min-p were tuned on "
+        "training prompts, each with equally many settings and, over all of them, as many answers "
+        "as a head was trained on, by win rate against the control's other settings. MeanShift is "
+        "the mean of the head's temperatures on the task's test prompts; the constant of equal "
+        "entropy is the one whose answers are as surprising at temperature 1; shuffled are the "
+        "same temperatures in random order, within the answer or dealt to other prompts."
     )
 
 
-def _render_rows(
-    rows: Sequence[Json], metric: str, num_prompts: int, is_average: bool = False
-) -> Iterator[str]:
+def _render_rows(rows: Sequence[Json], metric: str, is_average: bool = False) -> Iterator[str]:
     yield f"| arm | mean temperature | {metric} | head − arm | the head wins, % |"
     yield "|---|---|---|---|---|"
     for row in rows:
@@ -100,26 +107,46 @@ def _render_rows(
             label += f", maj@{row['votes']}"
         cells = [label, temperature, _show(row["metric"])]
         if "win_rate" in row:
-            is_marked = num_prompts >= MIN_PROMPTS
-            cells.append(_mark(row["difference"], 0.0, _show(row["difference"], "+"), is_marked))
-            cells.append(_mark(row["win_rate"], 0.5, _show_percent(row["win_rate"]), is_marked))
+            cells.append(_show(row["difference"], "+"))
+            text = _show_percent(row["win_rate"])
+            is_decided = Interval(**row["win_rate"]).excludes(0.5)
+            cells.append(f"**{text}**" if is_decided else text)
         else:
             cells += ["", ""]
         yield f"| {' | '.join(cells)} |"
+    num_comparisons = sum("win_rate" in row for row in rows)
+    yield ""
+    yield f"{num_comparisons} comparisons; each interval has {_show_level(num_comparisons)}."
+
+
+def _show_level(num_comparisons: int) -> str:
+    return f"{100 * (1 - (1 - LEVEL) / num_comparisons):.2f} %"
+
+
+def _describe_failures(trained: Sequence[bool]) -> str:
+    numbers = [str(number) for number, is_trained in enumerate(trained, start=1) if not is_trained]
+    return (
+        f"Nothing was learnt in training {', '.join(numbers)} of {len(trained)}: no epoch's "
+        "validation loss was below the untrained head's, which was kept."
+    )
 
 
 def _show(interval: Json, sign: str = "") -> str:
-    mean, low, high = (f"{interval[key]:{sign}.3f}" for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    return _bracket(interval, 1, f"{sign}.3f")
 
 
 def _show_percent(interval: Json) -> str:
-    mean, low, high = (f"{100 * interval[key]:.1f}" for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    return _bracket(interval, 100, ".1f")
 
 
-def _mark(interval: Json, even: float, text: str, is_marked: bool) -> str:
-    return f"**{text}**" if is_marked and Interval(**interval).excludes(even) else text
+def _bracket(interval: Json, scale: float, form: str) -> str:
+    """The mean, and its interval in brackets if it has one."""
+    shown = [
+        f"{scale * interval[key]:{form}}"
+        for key in ("mean", "low", "high")
+        if interval[key] is not None
+    ]
+    return shown[0] if len(shown) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
 def _render_choices(head: Json) -> Iterator[str]:

@@ -1,14 +1,20 @@
 """Prompts for training and evaluation: generators of tasks that a program can check, and files.
 
 Training and test prompts of a generator share no content: operands, title words, categories and
-passages are dealt to one split or the other.
+passages are dealt to one split or the other, in every experiment alike. So no experiment is tested
+on what another was trained on. Prompts are drawn by the experiment's name and seed: two
+experiments draw their test prompts apart. Where the pool is small, they draw many of the same
+contents all the same: there are 36 products of one-digit operands and a few dozen categories, but
+thousands of titles.
+
+Each prompt names its group, the content by which it resembles others, and its kind.
 """
 
 import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -30,6 +36,9 @@ def make_prompts(
 ) -> list[Prompt]:
     """The prompts of every task for one split.
 
+    Args:
+        seed: of the experiment's prompts: `experiment.derive_seed("prompts")`.
+
     Raises:
         DataError: names the file and line, or the task that has too few prompts.
     """
@@ -39,15 +48,30 @@ def make_prompts(
         wanted = source.num_train if split == "train" else source.num_test
         rng = random.Random(f"{seed}/{task}/{split}")
         if source.file:
-            found = read_prompts(source, split, rng)
+            found = read_prompts(source, split, rng, random.Random(f"{seed}/{task}"))
         else:
             found = generate_prompts(source, split, rng, tokenizer)
         numbered = enumerate(islice(found, wanted))
-        made = [replace(p, id=f"{task}/{split}/{number}", task=task) for number, p in numbered]
+        made = [
+            replace(p, id=f"{task}/{split}/{number}", task=task, kind=p.kind or task)
+            for number, p in numbered
+        ]
+        check_kinds(task, made)
         if len(made) < wanted:
             raise DataError(f"tasks.{task}: only {len(made)} of {wanted} {split} prompts")
         prompts += made
     return prompts
+
+
+def check_kinds(task: str, prompts: Sequence[Prompt]) -> None:
+    """Raise DataError if prompts of one group are of several kinds: it could not be resampled."""
+    kinds: dict[str, str] = {}
+    for prompt in prompts:
+        kind = kinds.setdefault(prompt.group, prompt.kind)
+        if kind != prompt.kind:
+            raise DataError(
+                f"tasks.{task}: group {prompt.group!r} has the kinds {kind!r} and {prompt.kind!r}"
+            )
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, ...]:
@@ -60,24 +84,32 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[i
     return tuple(encoded["input_ids"])
 
 
-def read_prompts(source: PromptConfig, split: Split, rng: random.Random) -> Iterator[Prompt]:
-    """Prompts of a JSONL file; one file serves both splits where there is no test file."""
+def read_prompts(
+    source: PromptConfig, split: Split, rng: random.Random, shared_rng: random.Random
+) -> Iterator[Prompt]:
+    """Prompts of a JSONL file; one file serves both splits where there is no test file.
+
+    Args:
+        rng: of this split.
+        shared_rng: of both splits, which take the groups of one file in the same order, from its
+            different ends. No group is in both.
+    """
     is_apart = split == "test" and source.test_file
     path = source.test_file if is_apart else source.file
     assert path is not None
-    lines = list(read_lines(path))
-    # Both splits shuffle alike and take from different ends.
-    order = rng if source.test_file else random.Random("both splits")
-    order.shuffle(lines)
-    if split == "test" and not is_apart:
-        lines.reverse()
-        lines = lines[: max(0, len(lines) - source.num_train)]
-    for number, content in lines:
-        try:
-            yield make_prompt(content, source.template)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise DataError(f"{path}, line {number}: {reason}") from None
+    prompts = [make_prompt(path, number, content, source) for number, content in read_lines(path)]
+    if source.test_file:
+        rng.shuffle(prompts)
+    else:
+        shared_rng.shuffle(prompts)
+        by_group: dict[str, list[Prompt]] = {}
+        for prompt in prompts:
+            by_group.setdefault(prompt.group, []).append(prompt)
+        prompts = [prompt for members in by_group.values() for prompt in members]
+        if split == "test":
+            trained = {prompt.group for prompt in prompts[: source.num_train]}
+            prompts = [p for p in reversed(prompts) if p.group not in trained]
+    yield from prompts
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -98,12 +130,40 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, content
 
 
-def make_prompt(content: dict[str, Any], template: str | None) -> Prompt:
-    """One line of a prompt file as a prompt; what is not text or messages is its reference."""
-    reference = {key: value for key, value in content.items() if key not in ("messages", "text")}
-    if template is not None:
-        return ask(template.format_map(content), **reference)
-    messages, text = content.get("messages"), content.get("text")
+def make_prompt(path: Path, number: int, content: dict[str, Any], source: PromptConfig) -> Prompt:
+    """One line of a prompt file as a prompt.
+
+    What is neither text nor messages nor group nor kind is its reference.
+
+    Raises:
+        DataError: names the file, the line and what is wrong.
+    """
+    where = f"{path}, line {number}"
+    own = ("messages", "text", "group", "kind")
+    reference = {key: value for key, value in content.items() if key not in own}
+    try:
+        group = source.group.format_map(content) if source.group else content.get("group")
+        if not isinstance(group, str) or not group:
+            raise ValueError(
+                "group: give a string that names the content which prompts share, such as their "
+                "operands or their title; or set prompts.group to a template of a line's keys"
+            )
+        kind = content.get("kind", "")
+        if not isinstance(kind, str):
+            raise ValueError("kind: must be a string")
+        if source.template is not None:
+            prompt = ask(source.template.format_map(content), group, **reference)
+        else:
+            prompt = Prompt("", "", **read_content(content), reference=reference, group=group)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{where}: {reason}") from None
+    return replace(prompt, kind=kind)
+
+
+def read_content(line: dict[str, Any]) -> dict[str, Any]:
+    """The `messages` and `text` of a line, of which a prompt has one; ValueError without either."""
+    messages, text = line.get("messages"), line.get("text")
     if messages is not None:
         is_chat = isinstance(messages, list) and all(
             isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
@@ -114,12 +174,13 @@ def make_prompt(content: dict[str, Any], template: str | None) -> Prompt:
         messages = tuple(messages)
     elif not isinstance(text, str):
         raise ValueError("give messages or text (a string)")
-    return Prompt("", "", messages=messages, text=text, reference=reference)
+    return {"messages": messages, "text": text}
 
 
-def ask(content: str, **reference: Any) -> Prompt:
+def ask(content: str, group: str, kind: str = "", /, **reference: Any) -> Prompt:
     """A prompt of one user message."""
-    return Prompt("", "", messages=({"role": "user", "content": content},), reference=reference)
+    messages = ({"role": "user", "content": content},)
+    return Prompt("", "", messages=messages, reference=reference, group=group, kind=kind)
 
 
 def belongs(split: Split, *parts: object) -> bool:
@@ -158,7 +219,8 @@ def generate_products(split: Split, rng: random.Random, _: Any) -> Iterator[Prom
     for _attempt in range(MAX_ATTEMPTS):
         a, b = rng.randint(2, 9), rng.randint(2, 9)
         if belongs(split, "product", *sorted((a, b))):
-            yield ask(rng.choice(wordings).format(a, b), answer=a * b)
+            question = rng.choice(wordings).format(a, b)
+            yield ask(question, f"{min(a, b)} x {max(a, b)}", "products", answer=a * b)
 
 
 def generate_sums(split: Split, rng: random.Random, _: Any) -> Iterator[Prompt]:
@@ -166,7 +228,7 @@ def generate_sums(split: Split, rng: random.Random, _: Any) -> Iterator[Prompt]:
     for _attempt in range(MAX_ATTEMPTS):
         a, b = rng.randint(2, 20), rng.randint(2, 20)
         if belongs(split, "sum", *sorted((a, b))):
-            yield ask(f"What is {a} + {b}?", answer=a + b)
+            yield ask(f"What is {a} + {b}?", f"{min(a, b)} + {max(a, b)}", "sums", answer=a + b)
 
 
 def generate_arithmetic(split: Split, rng: random.Random, tokenizer: Any) -> Iterator[Prompt]:
@@ -194,15 +256,19 @@ def generate_stories(split: Split, rng: random.Random, _: Any) -> Iterator[Promp
     """A short story from a title, as in §3.2 of arXiv 2411.09661."""
     for _attempt in range(MAX_ATTEMPTS):
         title = make_title(split, rng)
-        yield ask(f"Write a short story with the following title.\n\nTitle: {title}")
+        question = f"Write a short story with the following title.\n\nTitle: {title}"
+        yield ask(question, title, "stories")
 
 
 def generate_constrained_stories(split: Split, rng: random.Random, _: Any) -> Iterator[Prompt]:
     """A story whose sentences all begin with one word, after §3.3 of arXiv 2411.09661."""
     for _attempt in range(MAX_ATTEMPTS):
+        title = make_title(split, rng)
         yield ask(
-            f'Write a short story with the title "{make_title(split, rng)}". '
-            'Every sentence must begin with the word "She".'
+            f'Write a short story with the title "{title}". '
+            'Every sentence must begin with the word "She".',
+            title,
+            "constrained_stories",
         )
 
 
@@ -219,8 +285,9 @@ def generate_lists(split: Split, rng: random.Random, _: Any) -> Iterator[Prompt]
     categories = list_words(split, "categories")
     for _attempt in range(MAX_ATTEMPTS):
         word = rng.choice(list(NUMBERS))
-        question = rng.choice(wordings).format(word, rng.choice(categories))
-        yield ask(question, count=NUMBERS[word])
+        category = rng.choice(categories)
+        question = rng.choice(wordings).format(word, category)
+        yield ask(question, category, "lists", count=NUMBERS[word])
 
 
 LIMITS = (20, 25, 30, 35, 40)
@@ -230,8 +297,9 @@ def generate_explanations(split: Split, rng: random.Random, _: Any) -> Iterator[
     """A short explanation with a limit on its words: general instructions."""
     topics = list_words(split, "topics")
     for _attempt in range(MAX_ATTEMPTS):
-        limit = rng.choice(LIMITS)
-        yield ask(f"Explain {rng.choice(topics)} in at most {limit} words.", max_words=limit)
+        limit, topic = rng.choice(LIMITS), rng.choice(topics)
+        question = f"Explain {topic} in at most {limit} words."
+        yield ask(question, topic, "explanations", max_words=limit)
 
 
 def generate_prose(split: Split, rng: random.Random, tokenizer: Any) -> Iterator[Prompt]:
@@ -239,17 +307,18 @@ def generate_prose(split: Split, rng: random.Random, tokenizer: Any) -> Iterator
     from pydoc_data.topics import topics
 
     paragraphs = [
-        " ".join(paragraph.split())
+        (topic, " ".join(paragraph.split()))
         for topic, text in sorted(topics.items())
         if belongs(split, topic)
         for paragraph in re.split(r"\n\s*\n", text)
         if is_prose(paragraph)
     ]
     rng.shuffle(paragraphs)
-    for paragraph in paragraphs:
+    for topic, paragraph in paragraphs:
         token_ids = tokenizer(paragraph)["input_ids"]
         if len(token_ids) > PREFIX_TOKENS:
-            yield Prompt("", "", text=tokenizer.decode(token_ids[:PREFIX_TOKENS]))
+            text = tokenizer.decode(token_ids[:PREFIX_TOKENS])
+            yield Prompt("", "", text=text, group=topic, kind="prose")
 
 
 def is_prose(paragraph: str) -> bool:

@@ -37,7 +37,7 @@ class TrainingResult:
     """What came of training; everything but the counts is of the best epoch, on validation.
 
     Args:
-        best_epoch: from 1; its weights are the head's.
+        best_epoch: its weights are the head's; 0 is the untrained head: nothing was learnt.
         epochs: how many were trained.
         num_pairs: that the head was trained on, `num_validation_pairs` not among them.
         untrained_loss: the validation loss before the first epoch.
@@ -96,6 +96,9 @@ def train_head(
         read_probe_states: called once the head is trained; without states it gets no probe.
         progress: whether to draw a bar on stderr.
 
+    A head that no epoch brought below the untrained one's validation loss is saved untrained, as
+    `trained: false`, and a line on stderr says so.
+
     Raises:
         ValueError: features, pairs and recipe do not belong together, or the pairs are of fewer
             than two prompts.
@@ -114,6 +117,7 @@ def train_head(
         }
     )
     if (finished := _read_finished(folder / HEAD_FOLDER, settings)) is not None:
+        _note_failure(folder, finished)
         return finished
     rows.gather()
     trainer = Trainer(recipe, rows, training, validation, unembedding)
@@ -139,7 +143,7 @@ def train_head(
         trainer.network,
         level=recipe.level,
         base_model=identity,
-        trained=True,
+        trained=fit.best_epoch > 0,
         training={
             "digest": settings,
             "loss": recipe.loss,
@@ -150,6 +154,7 @@ def train_head(
             "provenance": provenance,
         },
     )
+    _note_failure(folder, result)
     # A machine without room for the model in float32 may end the process here.
     if read_probe_states and (states := read_probe_states()) is not None:
         probe = make_probe(trainer.network, states)
@@ -205,7 +210,8 @@ def _check_inputs(recipe: HeadRecipe, features: Features, unembedding: torch.Ten
 def _fit(trainer: Trainer, folder: Path, show_progress: bool) -> _Fit:
     """Epochs until the validation loss stops falling."""
     recipe = trainer.recipe
-    fit = _Fit([trainer.validate(0, None)])
+    untrained = copy.deepcopy(trainer.network.state_dict())
+    fit = _Fit([trainer.validate(0, None)], best_weights=untrained)
     start = time.monotonic()
     shutil.rmtree(folder / LOGS_FOLDER, ignore_errors=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -219,8 +225,7 @@ def _fit(trainer: Trainer, folder: Path, show_progress: bool) -> _Fit:
             train_loss = trainer.run_epoch(epoch, lambda: bar.advance(task))
             measures = trainer.validate(epoch, train_loss)
             fit.history.append(measures)
-            # The untrained head, epoch 0, is never the best.
-            if epoch == 1 or measures.validation_loss < fit.history[fit.best_epoch].validation_loss:
+            if measures.validation_loss < fit.history[fit.best_epoch].validation_loss:
                 fit.best_epoch = epoch
                 fit.best_weights = copy.deepcopy(trainer.network.state_dict())
             _log_epoch(writer, epoch, measures, recipe.temperatures)
@@ -262,6 +267,15 @@ def _read_finished(folder: Path, settings: str) -> TrainingResult | None:
         _note(f"{folder} is of other settings or data; it will be replaced")
         return None
     return TrainingResult(**{field.name: training[field.name] for field in fields(TrainingResult)})
+
+
+def _note_failure(folder: Path, result: TrainingResult) -> None:
+    """Say so where training left the head as it was."""
+    if result.best_epoch == 0:
+        _note(
+            f"{folder.name}: nothing was learnt: no epoch's validation loss was below the "
+            f"untrained head's, {result.untrained_loss:.4f}; the head is saved untrained"
+        )
 
 
 def _note(text: str) -> None:

@@ -6,8 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+from pydantic import BaseModel
+
 from adaptive_head.checkpoint import BaseModelIdentity, save_head
 from adaptive_head.head import AdaptiveHead, HeadConfig
+from adaptive_head.lpo import controls
+from adaptive_head.lpo.arms import Setting, name_replicate
 from adaptive_head.lpo.engine import Generation, GenerationRequest
 from adaptive_head.lpo.evaluate import evaluate
 from adaptive_head.lpo.experiment import EngineConfig, Experiment
@@ -38,6 +43,7 @@ TASKS = {
 
 def make_experiment(**evaluation: Any) -> Experiment:
     """Two tasks; `evaluation` are settings of that part."""
+    num_training_seeds = evaluation.pop("num_training_seeds", 1)
     token = {"level": "token", "temperatures": TOKEN_TEMPERATURES}
     sequence = {"level": "sequence", "temperatures": SEQUENCE_TEMPERATURES, "tasks": ["sums"]}
     settings = {"num_responses": 2, "num_train_prompts": 3, "num_bootstrap": 100, "fixed": [0.7]}
@@ -45,6 +51,9 @@ def make_experiment(**evaluation: Any) -> Experiment:
         {
             "name": "test",
             "seed": 5,
+            "num_training_seeds": num_training_seeds,
+            # One per fixed temperature in each tuning arm.
+            "rollouts": {"num_responses": 10},
             "tasks": TASKS,
             "heads": {"tok": token, "seq": sequence},
             "evaluation": settings | evaluation,
@@ -53,13 +62,27 @@ def make_experiment(**evaluation: Any) -> Experiment:
 
 
 def make_prompts(split: str, num: int) -> list[Prompt]:
-    """So many prompts of each task."""
+    """So many prompts of each task, each a group of its own."""
     sums = [
-        Prompt(f"sums/{split}/{i}", "sums", text=f"{i} + {i}?", reference={"answer": 2 * i})
+        Prompt(
+            f"sums/{split}/{i}",
+            "sums",
+            text=f"{i} + {i}?",
+            reference={"answer": 2 * i},
+            group=f"{i} + {i}",
+            kind="sums",
+        )
         for i in range(num)
     ]
     stories = [
-        Prompt(f"stories/{split}/{i}", "stories", text=f"{split} story {i}") for i in range(num)
+        Prompt(
+            f"stories/{split}/{i}",
+            "stories",
+            text=f"{split} story {i}",
+            group=f"story {i}",
+            kind="stories",
+        )
+        for i in range(num)
     ]
     return sums + stories
 
@@ -73,17 +96,19 @@ def decode(token_ids: Iterable[int]) -> str:
     return "".join(map(chr, token_ids))
 
 
-def save_heads(folder: Path, seed: int = 0) -> dict[str, Path]:
-    """A token-level head `tok` and a sequence-level head `seq`."""
+def save_heads(folder: Path, seed: int = 0, num_seeds: int = 1) -> dict[str, Path]:
+    """A token-level head `tok` and a sequence-level head `seq`, of so many training seeds."""
     identity = BaseModelIdentity(name="small", fingerprint="0" * 16)
     heads = {}
     for name, level, temperatures in (
         ("tok", "token", TOKEN_TEMPERATURES),
         ("seq", "sequence", SEQUENCE_TEMPERATURES),
     ):
-        network = AdaptiveHead(HeadConfig(8, temperatures, (4,)), seed)
-        save_head(folder / name, network, level=level, base_model=identity, trained=True)
-        heads[name] = folder / name
+        for number in range(num_seeds):
+            key = name_replicate(name, number)
+            network = AdaptiveHead(HeadConfig(8, temperatures, (4,)), seed + number)
+            save_head(folder / key, network, level=level, base_model=identity, trained=True)
+            heads[key] = folder / key
     return heads
 
 
@@ -99,7 +124,9 @@ def answer(request: GenerationRequest) -> Generation:
         subjects = ["He" if rng.random() < 0.3 + heat / 3 else "She" for _ in range(3)]
         text = " ".join(f"{subject} {rng.choice(['ran', 'sat'])}." for subject in subjects)
     temperatures = tuple(choose_temperatures(wanted, text, rng))
-    return Generation(request.id, tuple(map(ord, text)), temperatures, text, "stop")
+    # Hotter tokens are less likely.
+    logprobs = tuple(-0.1 - temperature for temperature in temperatures)
+    return Generation(request.id, tuple(map(ord, text)), temperatures, text, "stop", logprobs)
 
 
 def choose_temperatures(
@@ -110,11 +137,39 @@ def choose_temperatures(
         return [wanted] * len(text)
     if wanted.constant:
         return [wanted.constant.temperature] * len(text)
-    if wanted.head == "seq":
+    if wanted.policy == "list":
+        return list(wanted.list.temperatures)[: len(text)]
+    if wanted.policy == "head" and wanted.head.startswith("seq"):
         return [rng.choice(SEQUENCE_TEMPERATURES)] * len(text)
-    if wanted.head == "tok":
+    if wanted.policy == "head":
         return [0.0 if character.isupper() else 0.9 for character in text]
     return [rng.choice(TOKEN_TEMPERATURES) for _ in text]
+
+
+class _List(BaseModel):
+    temperatures: tuple[float, ...]
+
+
+class _ListRequest(AdaptiveRequest):
+    """A request with the policy `list`, where the options do not have it."""
+
+    policy: str = "list"
+    list: _List
+
+
+@contextmanager
+def list_policy() -> Iterator[None]:
+    """Let controls ask for lists of temperatures, whatever the options know."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "list" not in AdaptiveRequest.model_fields:
+            patch.setattr(
+                controls,
+                "make_list",
+                lambda temperatures: Setting(
+                    _ListRequest(list=_List(temperatures=tuple(temperatures)))
+                ),
+            )
+        yield
 
 
 class FakeEngine:
@@ -174,19 +229,21 @@ def run(
 ) -> None:
     """Evaluate into a folder."""
     experiment = experiment or make_experiment()
+    num_seeds = experiment.num_training_seeds
     rewards = {
         task: {name: build_reward(name, reward) for name, reward in config.rewards.items()}
         for task, config in experiment.tasks.items()
     }
-    evaluate(
-        experiment,
-        "model",
-        heads or save_heads(folder / "heads"),
-        make_prompts("train", num_prompts),
-        make_prompts("test", num_prompts),
-        encode,
-        rewards,
-        folder / "evaluation",
-        open_engine=engine.open,
-        decode=decode,
-    )
+    with list_policy():
+        evaluate(
+            experiment,
+            "model",
+            heads or save_heads(folder / "heads", num_seeds=num_seeds),
+            make_prompts("train", num_prompts),
+            make_prompts("test", num_prompts),
+            encode,
+            rewards,
+            folder / "evaluation",
+            open_engine=engine.open,
+            decode=decode,
+        )

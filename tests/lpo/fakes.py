@@ -53,5 +53,10 @@ class FakeEngine:
             fixed = request.temperature
             temperature = fixed if isinstance(fixed, float | int) else 0.4
             yield Generation(
-                request.id, tuple(range(num)), (float(temperature),) * num, text, "stop"
+                request.id,
+                tuple(range(num)),
+                (float(temperature),) * num,
+                text,
+                "stop",
+                (-0.5,) * num,
             )

@@ -2,12 +2,13 @@ import json
 import random
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from adaptive_head.lpo.engine import Generation, GenerationRequest
+from adaptive_head.lpo.engine import Filters, Generation, GenerationRequest
 from adaptive_head.lpo.records import DataError, Response, read_records
 from adaptive_head.options import AdaptiveRequest
 from tests.lpo.evaluation_setup import (
@@ -21,9 +22,12 @@ from tests.lpo.evaluation_setup import (
     save_heads,
 )
 
-# 5 fixed temperatures, 2 heads: prompts and samples of each arm with 4 prompts a task.
-NUM_FIRST = 5 * 16 + 5 * 12 + 2 * 16 + 2 * 8 + 16
-NUM_CONTROLS = 2 * 16 + 2 * 8
+# 5 fixed temperatures, 2 heads: prompts and samples of each arm with 4 prompts a task. Tuning arms
+# answer 3 training prompts a task, of 4 controls for all tasks and those of the two heads.
+NUM_TUNING = 4 * 5 * 12 + 5 * 12 + 5 * 6
+NUM_FIRST = 5 * 16 + NUM_TUNING + 2 * 16 + 2 * 8
+# Card, EDT, min-p, top-p; per head: min-p, MeanShift, the equal constant, shuffled, dealt.
+NUM_CONTROLS = 4 * 16 + 5 * 16 + 4 * 8
 
 
 def read_answers(folder: Path) -> dict[str, list[Response]]:
@@ -67,16 +71,13 @@ def test_every_arm_answers_every_prompt_so_many_times(finished):
         if name.endswith("-seq"):
             expected = [key for key in expected if key[0].startswith("sums")]
         assert sorted(response.key for response in responses) == sorted(expected), name
-    assert len(answers) == 5 + 5 + 4 + 1 + 4
+    assert len(answers) == 5 + 6 * 5 + 4 + 4 + 5 + 4
 
 
 def test_each_engine_start_serves_all_its_arms_in_one_call(finished):
     folder, engine = finished
     assert [len(call) for call in engine.calls] == [NUM_FIRST, NUM_CONTROLS]
-    assert engine.starts == [
-        {name: folder / "heads" / name for name in ("tok", "seq")},
-        {f"tok+{t}": folder / f"evaluation/controls/tok+{t}" for t in ("sums", "stories")},
-    ]
+    assert engine.starts == 2 * [{name: folder / "heads" / name for name in ("tok", "seq")}]
     arms = [request_id.split("|")[0] for request_id in engine.ids]
     assert arms == sorted(arms, key=arms.index)
 
@@ -94,8 +95,21 @@ def test_requests_are_what_the_arms_say(finished):
             assert {request.temperature for request in engine.get(arm)} == {
                 AdaptiveRequest(head=name)
             }
-    (rule,) = {request.temperature for request in engine.get("entropy")}
-    assert rule.policy == "entropy"
+    assert {request.temperature.policy for request in engine.get("entropy")} == {"entropy"}
+    assert {request.filters.min_p > 0 for request in engine.get("min_p")} == {True}
+    assert {request.temperature for request in engine.get("min_p")} == {1.0}
+    own = engine.get("head_min_p-tok")
+    assert {request.temperature for request in own} == {AdaptiveRequest(head="tok")}
+    assert {request.filters.min_p > 0 for request in own} == {True}
+    others = [r for call in engine.calls for r in call if "min_p" not in r.id]
+    assert {request.filters.min_p for request in others} == {0.0}
+
+
+def test_log_probabilities_are_kept(finished):
+    folder, _ = finished
+    for responses in read_answers(folder).values():
+        for response in responses:
+            assert response.logprobs == tuple(-0.1 - t for t in response.temperatures)
 
 
 def test_arms_are_paired_by_seed_but_for_the_noise_floor(finished):
@@ -106,9 +120,9 @@ def test_arms_are_paired_by_seed_but_for_the_noise_floor(finished):
 
     seeds = list_seeds("fixed-0")
     assert len(set(seeds.values())) == 16
-    for arm in ("fixed-0.9", "head-tok", "entropy", "meanshift-tok", "shuffled-tok"):
+    for arm in ("fixed-0.9", "head-tok", "entropy", "meanshift-tok", "shuffled-tok", "card"):
         assert list_seeds(arm) == seeds
-    for arm in ("head-seq", "meanshift-seq", "shuffled-seq"):
+    for arm in ("head-seq", "meanshift-seq", "dealt-seq"):
         assert list_seeds(arm).items() <= seeds.items()
     assert not set(list_seeds("self-tok").values()) & set(seeds.values())
 
@@ -130,11 +144,14 @@ def test_meanshift_is_what_the_head_used_on_the_test_answers(finished):
 
 def test_shuffled_temperatures_are_the_heads_own(finished):
     folder, engine = finished
+    own = {response.key: response for response in read_answers(folder)["head-tok"]}
     for request in engine.get("shuffled-tok"):
-        task = request.id.split("|")[1].split("/")[0]
-        assert request.temperature == AdaptiveRequest(head=f"tok+{task}", select="sample")
+        _, prompt_id, sample = request.id.split("|")
+        temperatures = own[prompt_id, int(sample)].temperatures
+        shuffled = request.temperature.list.temperatures[: len(temperatures)]
+        assert Counter(shuffled) == Counter(temperatures)
     chosen = Counter(r.temperatures[0] for r in read_answers(folder)["head-seq"])
-    assert Counter(r.temperature for r in engine.get("shuffled-seq")) == chosen
+    assert Counter(r.temperature for r in engine.get("dealt-seq")) == chosen
 
 
 def test_answers_are_scored(finished):
@@ -157,14 +174,15 @@ def disagree(request: GenerationRequest) -> Generation:
     prompt_id = decode(request.prompt_token_ids)
     task, split, number = prompt_id.split("/")
     best = {"sums": 0.6, "stories": 0.9}[task] if split == "train" else 0.0
-    is_right = request.temperature == best
+    is_right = request.temperature == best and request.filters == Filters()
     temperature = request.temperature if isinstance(request.temperature, float) else 0.0
     if task == "sums":
         text = f"{2 * int(number) + (not is_right)}"
     else:
         text = "She ran. She sat." if is_right else "He ran. She sat."
     token_ids = tuple(map(ord, text))
-    return Generation(request.id, token_ids, (temperature,) * len(token_ids), text, "stop")
+    num = len(token_ids)
+    return Generation(request.id, token_ids, (temperature,) * num, text, "stop", (-1.0,) * num)
 
 
 def test_the_best_fixed_temperature_is_chosen_on_training_prompts_only(tmp_path):
@@ -187,7 +205,8 @@ def test_without_training_prompts_no_fixed_temperature_is_the_best(tmp_path):
     results = read_results(tmp_path)
     assert results["tasks"]["sums"]["best_fixed"] is results["best_fixed_overall"] is None
     kinds = {row["kind"] for row in results["heads"]["tok"]["tasks"]["sums"]["rows"]}
-    assert kinds == {"head", "fixed", "meanshift", "shuffled", "entropy", "self"}
+    constants = {"head", "fixed", "meanshift", "equal_surprisal", "card", "self"}
+    assert kinds == constants | {"shuffled", "dealt", "entropy", "min_p", "top_p", "head_min_p"}
 
 
 @pytest.mark.parametrize("fail_after", [0, 1, 100, NUM_FIRST - 1])
@@ -272,10 +291,11 @@ def test_a_finished_evaluation_starts_no_engine(folder):
     assert read_results(folder) == before
 
 
-def test_other_settings_start_over(finished, folder):
+@pytest.mark.parametrize(("changed", "value"), [("seed", 6), ("name", "other")])
+def test_other_settings_start_over(finished, folder, changed, value):
     _, first = finished
     engine = FakeEngine()
-    experiment = make_experiment().model_copy(update={"seed": 6})
+    experiment = make_experiment().model_copy(update={changed: value})
     run(folder, engine, experiment, heads=find_heads(folder))
     assert sorted(engine.ids) == sorted(first.ids)
     assert {r.seed for call in engine.calls for r in call}.isdisjoint(
@@ -293,13 +313,14 @@ def test_another_head_is_asked_anew_and_the_others_are_not(tmp_path, folder):
         generation = answer(request)
         if request.temperature != AdaptiveRequest(head="seq"):
             return generation
-        temperatures = (0.6,) * len(generation.token_ids)
-        return Generation(request.id, generation.token_ids, temperatures, generation.text, "stop")
+        return replace(generation, temperatures=(0.6,) * len(generation.token_ids))
 
     engine = FakeEngine(answer_otherwise)
     run(folder, engine, heads=heads)
     arms = {request_id.split("|")[0] for request_id in engine.ids}
-    assert arms == {"head-seq", "self-seq", "meanshift-seq", "shuffled-seq"}
+    tuning = {arm for arm in arms if arm.startswith("train-head_min_p") and arm.endswith("-seq")}
+    own = {"head-seq", "self-seq", "meanshift-seq", "dealt-seq", "head_min_p-seq"}
+    assert (len(tuning), arms - tuning - {"equal_surprisal-seq"}) == (5, own)
     assert {r.temperature for r in engine.get("meanshift-seq")} == {0.6}
 
 
@@ -307,8 +328,27 @@ def test_more_responses_keep_those_that_there_are(folder):
     engine = FakeEngine()
     run(folder, engine, make_experiment(num_responses=3), heads=find_heads(folder))
     first = [request.id for request in engine.calls[0]]
-    assert len(first) == NUM_FIRST // 2
+    assert len(first) == (NUM_FIRST - NUM_TUNING) // 2
     assert all(request_id.endswith("|2") for request_id in first)
+
+
+def test_seeds_and_streams_are_answered_and_counted_together(tmp_path):
+    experiment = make_experiment(num_training_seeds=2, num_streams=3, num_train_prompts=1)
+    engine = FakeEngine()
+    run(tmp_path, engine, experiment)
+    answers = read_answers(tmp_path)
+    assert len(answers["fixed-0"]) == 4 * 2 * 2 * 3
+    assert len(answers["head-tok"]) == len(answers["head-tok+2"]) == len(answers["fixed-0"])
+    assert engine.starts[0].keys() == {"tok", "tok+2", "seq", "seq+2"}
+    results = read_results(tmp_path)
+    assert list(results["heads"]) == ["tok", "seq"]
+    assert results["heads"]["tok"]["trained"] == [True, True]
+    own, *_, noise = results["heads"]["seq"]["tasks"]["sums"]["rows"]
+    scores = [r.scores["correct"] for name in ("seq", "seq+2") for r in answers[f"head-{name}"]]
+    assert own["metric"]["mean"] == pytest.approx(sum(scores) / len(scores))
+    assert noise["kind"] == "self"
+    # Each training seed has controls of its own.
+    assert answers.keys() >= {"meanshift-seq+2", "dealt-tok+2", "head_min_p-tok+2"}
 
 
 def test_two_evaluations_of_one_folder_are_refused(tmp_path):

@@ -106,6 +106,27 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     assert read_experiment(path).tasks["sums"].prompts.file == tmp_path / "a.jsonl"
 
 
+def test_a_primary_experiment_has_three_trainings_and_streams(tmp_path: Path) -> None:
+    enough = {"num_training_seeds": 3, "evaluation": {"num_streams": 3}}
+    assert Experiment.model_validate(make_content(primary=True, **enough)).primary
+    for missing in enough:
+        few = {key: value for key, value in enough.items() if key != missing}
+        with pytest.raises(ValueError, match=r"primary: .* must be at least 3"):
+            Experiment.model_validate(make_content(primary=True, **few))
+    primary = [path.stem for path in FILES if read_experiment(path).primary]
+    assert primary == ["mix"]
+
+
+def test_experiments_of_different_names_share_no_seed() -> None:
+    first, second = (Experiment.model_validate(make_content(name=n)) for n in ("a", "b"))
+    parts = [("rollout", 0), ("rollout", 1), ("evaluation", 0), ("bootstrap",), ("prompts",)]
+    seeds = {experiment.derive_seed(*part) for experiment in (first, second) for part in parts}
+    assert len(seeds) == 2 * len(parts)
+    recipe = first.heads["token"]
+    trainings = {e.seed_recipe(recipe, n).seed for e in (first, second) for n in range(3)}
+    assert len(trainings) == 6
+
+
 def test_seeds_depend_on_everything_and_fit() -> None:
     seeds = {derive_seed(0, "rollout", prompt, n) for prompt in ("p", "q") for n in range(500)}
     assert len(seeds) == 1000

@@ -117,12 +117,14 @@ def assert_complete(name: str, out: Path, output: str) -> None:
     results = json.loads((out / "evaluation" / "results.json").read_text())
     for head in experiment.heads:
         metadata = load_head(out / "heads" / head / "head").metadata
-        assert metadata.trained
         assert metadata.training
+        assert metadata.trained == (metadata.training["best_epoch"] > 0)
         assert metadata.training["provenance"]["experiment"]["name"] == name
         assert head in table
         assert head in output
         assert head in json.dumps(results)
+        trained = results["heads"][head]["trained"]
+        assert (trained[0], len(trained)) == (metadata.trained, experiment.num_training_seeds)
     assert "MeanShift" in table
     assert list((out / "evaluation").glob("*.png"))
 

@@ -1,6 +1,8 @@
 """Records: what is written is read, and what is wrong names its file and line."""
 
+import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,17 @@ def test_a_score_is_finite(score: float) -> None:
 def test_every_token_has_a_temperature() -> None:
     with pytest.raises(ValueError, match="2 tokens but 1 temperatures"):
         make_response("p", 0, temperatures=(0.5,))
+    with pytest.raises(ValueError, match="2 tokens but 3 logprobs"):
+        make_response("p", 0, logprobs=(-0.5, -1.0, -2.0))
+
+
+def test_records_of_before_log_probabilities_and_groups_are_read(tmp_path: Path) -> None:
+    response = asdict(make_response("p", 0))
+    prompt = asdict(PROMPT)
+    del response["logprobs"], prompt["group"], prompt["kind"]
+    path = tmp_path / "old.jsonl"
+    path.write_text(json.dumps(response) + "\n")
+    (found,) = read_records(path, Response)
+    assert found.logprobs is None
+    path.write_text(json.dumps(prompt) + "\n")
+    assert list(read_records(path, Prompt)) == [PROMPT]

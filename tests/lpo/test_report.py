@@ -2,32 +2,32 @@ import getpass
 import json
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from adaptive_head.lpo.arms import Arm, read_heads
+from adaptive_head.lpo.arms import Arm, Setting, read_heads
 from adaptive_head.lpo.choices import describe_choices
 from adaptive_head.lpo.comparison import (
     BEATS,
     LOSES,
     TOO_FEW,
     UNDECIDED,
-    ArmSummary,
     Comparison,
     Opponent,
-    choose_best_fixed,
     judge_win_rate,
-    summarise_arm,
 )
 from adaptive_head.lpo.plots import draw_plots
-from adaptive_head.lpo.records import Response
+from adaptive_head.lpo.records import DataError, Response
 from adaptive_head.lpo.report import write_report, write_verdict
 from adaptive_head.lpo.rewards import build_reward
-from adaptive_head.lpo.statistics import Interval, bootstrap_mean
+from adaptive_head.lpo.statistics import Interval, bootstrap_groups, make_interval
+from adaptive_head.lpo.summaries import ArmSummary, summarise_arm
 from adaptive_head.lpo.tables import render_tables
+from adaptive_head.lpo.tuning import choose_best_fixed
 from tests.lpo.evaluation_setup import (
     FakeEngine,
     decode,
@@ -64,7 +64,8 @@ def build_rewards(experiment):
 
 def make_summary(kind: str, scores: dict[str, list[dict]], temperature=None, **fields):
     """A summary of made-up scores, by prompt."""
-    arm = Arm(f"{kind}-{temperature}", kind, {"sums": 0.0, "stories": 0.0}, None, temperature)
+    settings = dict.fromkeys(("sums", "stories"), Setting(0.0))
+    arm = Arm(f"{kind}-{temperature}", kind, settings, 1, temperature=temperature)
     means = {"sums": 0.5, "stories": 0.5}
     defaults = {"votes": {}, "temperatures": means, "num_tokens": 1, "finish_reasons": {}}
     return ArmSummary(arm, {k: tuple(v) for k, v in scores.items()}, **defaults | fields)
@@ -86,13 +87,13 @@ def compare(own: ArmSummary, other: ArmSummary, task: str, num_prompts: int, **e
     comparison = Comparison(
         experiment, make_prompts("test", num_prompts), build_rewards(experiment)
     )
-    return comparison.compare_on_task(own, [Opponent("x", "X", {task: other})], task)
+    return comparison.compare_on_task([own], [Opponent("x", "X", {task: [other]})], task)
 
 
 def test_rows_are_means_over_prompts_of_means_over_samples():
-    own = make_summary("head", give_sums([[1, 1], [1, 0], [0, 0]]))
-    other = make_summary("fixed", give_sums([[0, 1], [0, 1], [0, 1]]))
-    head, row = compare(own, other, "sums", 3)
+    own = make_summary("head", give_sums([[1, 1], [1, 0], [0, 0]] * 10))
+    other = make_summary("fixed", give_sums([[0, 1], [0, 1], [0, 1]] * 10))
+    head, row = compare(own, other, "sums", 30)
     assert head["metric"]["mean"] == pytest.approx(0.5)
     assert "win_rate" not in head
     assert row["metric"]["mean"] == pytest.approx(0.5)
@@ -100,10 +101,60 @@ def test_rows_are_means_over_prompts_of_means_over_samples():
     # By sample: win, tie; win, loss; tie, loss.
     assert row["win_rate"]["mean"] == pytest.approx((0.75 + 0.5 + 0.25) / 3)
     # The same intervals as those of the prompts' own numbers.
-    expected = bootstrap_mean(np.array([0.5, 0.0, -0.5]), 100, 5)
-    assert row["difference"] == pytest.approx(vars(expected))
-    expected = bootstrap_mean(np.array([0.75, 0.5, 0.25]), 100, 5)
-    assert row["win_rate"] == pytest.approx(vars(expected))
+    groups, seed = [str(i) for i in range(30)], [make_experiment().derive_seed("bootstrap"), 0]
+    for name, of_prompts in (("difference", [0.5, 0.0, -0.5]), ("win_rate", [0.75, 0.5, 0.25])):
+        values = np.array(of_prompts * 10)
+        draws = bootstrap_groups(values, groups, ["sums"] * 30, 100, seed)
+        expected = make_interval(values.mean(), draws, 30)
+        assert row[name] == pytest.approx(vars(expected))
+
+
+def test_comparisons_of_one_table_are_corrected_for_their_number():
+    rng = np.random.default_rng(0)
+    own = make_summary("head", give_sums(rng.integers(2, size=(60, 1)).tolist()))
+    other = make_summary("fixed", give_sums(rng.integers(2, size=(60, 1)).tolist()))
+    experiment = make_experiment(num_responses=1, num_bootstrap=5000)
+    comparison = Comparison(experiment, make_prompts("test", 60), build_rewards(experiment))
+    widths = {}
+    for num in (1, 20):
+        opponents = [Opponent("x", "X", {"sums": [other]})] * num
+        rate = comparison.compare_on_task([own], opponents, "sums")[1]["win_rate"]
+        widths[num] = rate["high"] - rate["low"]
+    # Student's quantiles with 59 degrees of freedom: 2.00 and 3.15.
+    assert widths[20] / widths[1] == pytest.approx(3.15 / 2.00, rel=0.1)
+
+
+def test_prompts_of_one_group_count_as_one():
+    own = make_summary("head", give_sums([[1]] * 19 + [[0]] * 41))
+    other = make_summary("fixed", give_sums([[0]] * 60))
+    experiment = make_experiment(num_responses=1)
+    prompts = make_prompts("test", 60)[:60]
+    grouped = [replace(p, group=str(i % 19)) for i, p in enumerate(prompts)]
+    comparison = Comparison(experiment, grouped, build_rewards(experiment))
+    opponent = Opponent("x", "X", {"sums": [other]})
+    _, row = comparison.compare_on_task([own], [opponent], "sums")
+    assert comparison.count_groups("sums") == 19
+    assert row["win_rate"]["low"] is None
+    assert row["verdict"] == TOO_FEW
+    nameless = [replace(prompt, group="") for prompt in prompts]
+    comparison = Comparison(experiment, nameless, build_rewards(experiment))
+    with pytest.raises(DataError, match="prompt sums/test/0: group: missing"):
+        comparison.compare_on_task([own], [opponent], "sums")
+
+
+def test_training_seeds_and_streams_are_averaged():
+    # Two seeds, two streams of one answer each, 30 prompts.
+    first = make_summary("head", give_sums([[1, 1]] * 30))
+    second = make_summary("head", give_sums([[0, 1]] * 30))
+    other = make_summary("fixed", give_sums([[0, 0]] * 30))
+    experiment = make_experiment(num_responses=1, num_streams=2)
+    comparison = Comparison(experiment, make_prompts("test", 30), build_rewards(experiment))
+    opponent = Opponent("x", "X", {"sums": [other]})
+    head, row = comparison.compare_on_task([first, second], [opponent], "sums")
+    assert head["metric"]["mean"] == pytest.approx(0.75)
+    assert row["win_rate"]["mean"] == pytest.approx(0.875)
+    # Prompts do not differ, seeds and streams do.
+    assert row["win_rate"]["low"] < 0.875 < row["win_rate"]["high"]
 
 
 def test_differences_are_paired_by_prompt():
@@ -111,7 +162,7 @@ def test_differences_are_paired_by_prompt():
     level = np.linspace(0, 10, 40)
     own = make_summary("head", give_sums([[v + 0.1] for v in level]))
     other = make_summary("fixed", give_sums([[v] for v in level]))
-    _, row = compare(own, other, "sums", 40)
+    _, row = compare(own, other, "sums", 40, num_responses=1)
     assert row["difference"]["low"] == pytest.approx(0.1)
     assert row["difference"]["high"] == pytest.approx(0.1)
     assert row["metric"]["high"] - row["metric"]["low"] > 1
@@ -120,7 +171,7 @@ def test_differences_are_paired_by_prompt():
 def test_further_rewards_break_ties_of_the_metric():
     own = make_summary("head", give_stories([[(1.0, 0.2), (0.5, 0.9), (0.5, 0.3), (0.5, 0.3)]]))
     other = make_summary("fixed", give_stories([[(0.5, 0.9), (0.5, 0.3), (0.5, 0.3), (0.5, 0.9)]]))
-    _, row = compare(own, other, "stories", 1)
+    _, row = compare(own, other, "stories", 1, num_responses=4)
     assert row["win_rate"]["mean"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)
     assert row["difference"]["mean"] == pytest.approx(0.5 / 4)
 
@@ -129,12 +180,12 @@ def test_votes_are_compared_beside_single_answers():
     own = make_summary(
         "head",
         give_sums([[1, 0], [0, 0], [1, 1]]),
-        votes={"sums/test/0": 1.0, "sums/test/1": 0.5, "sums/test/2": 1.0},
+        votes={"sums/test/0": (1.0,), "sums/test/1": (0.5,), "sums/test/2": (1.0,)},
     )
     other = make_summary(
         "fixed",
         give_sums([[0, 0], [1, 0], [1, 1]]),
-        votes={"sums/test/0": 0.5, "sums/test/1": 1.0, "sums/test/2": 1.0},
+        votes={"sums/test/0": (0.5,), "sums/test/1": (1.0,), "sums/test/2": (1.0,)},
     )
     rows = compare(own, other, "sums", 3, majority=True)
     assert [(row["kind"], row["votes"]) for row in rows] == [
@@ -153,35 +204,38 @@ def test_an_average_weighs_tasks_the_same_whatever_their_prompts():
     scores = give_sums([[1], [1], [1], [1]]) | give_stories([[(0.0, 0.0)]])
     own = make_summary("head", scores)
     other = make_summary("fixed", give_sums([[0]] * 4) | give_stories([[(1.0, 0.0)]]))
-    experiment = make_experiment()
+    experiment = make_experiment(num_responses=1)
     prompts = [*make_prompts("test", 4)[:4], *make_prompts("test", 1)[1:]]
     comparison = Comparison(experiment, prompts, build_rewards(experiment))
-    opponent = Opponent("x", "X", {"sums": other, "stories": other})
-    head, row = comparison.compare_on_average(own, [opponent], ["sums", "stories"])
+    opponent = Opponent("x", "X", {"sums": [other], "stories": [other]})
+    head, row = comparison.compare_on_average([own], [opponent], ["sums", "stories"])
     assert head["metric"]["mean"] == pytest.approx(0.5)
     assert row["win_rate"]["mean"] == pytest.approx(0.5)
     assert row["arm"] == other.arm.name
 
 
 def choose(sums: dict[float, list[float]], stories: dict[float, list[float]], order=1):
-    """The best fixed temperatures, given means of the tasks' metrics on training prompts."""
+    """The best fixed temperatures, given the tasks' metrics on training prompts."""
     experiment = make_experiment()
-    summaries = {}
+    answers, arms = {}, []
     for temperature in [*sums][::order]:
-        scores = {
-            **{f"sums/train/{i}": [{"correct": v}] for i, v in enumerate(sums[temperature])},
-            **{
-                f"stories/train/{i}": [{"starts": v, "varied": 9 - v}]
-                for i, v in enumerate(stories[temperature])
-            },
-        }
-        summaries[f"train-{temperature}"] = make_summary("train", scores, temperature)
-    return choose_best_fixed(experiment, make_prompts("train", 2), summaries)
+        settings = dict.fromkeys(experiment.tasks, Setting(temperature))
+        name = f"train-fixed-{temperature}"
+        arms.append(Arm(name, "train", settings, 1, family="fixed", temperature=temperature))
+        answers[name] = [
+            make_response(f"sums/train/{i}", 0, scores={"correct": v})
+            for i, v in enumerate(sums[temperature])
+        ] + [
+            make_response(f"stories/train/{i}", 0, scores={"starts": v, "varied": 0.0})
+            for i, v in enumerate(stories[temperature])
+        ]
+    return choose_best_fixed(experiment, answers, arms)
 
 
-def test_the_best_fixed_temperature_has_the_highest_metric_of_its_task():
+def test_the_best_fixed_temperature_wins_most_often_in_its_task():
     best = choose(
-        {0.0: [0.2, 0.2], 0.3: [0.1, 0.9], 0.9: [0.9, 0.0]},
+        # 0.9 has the highest mean, from one prompt.
+        {0.0: [0.2, 0.2, 0.0], 0.3: [0.3, 0.3, 0.3], 0.9: [0.0, 0.0, 9.0]},
         {0.0: [0.0, 0.0], 0.3: [0.1, 0.1], 0.9: [0.9, 0.9]},
     )
     assert best.by_task == {"sums": 0.3, "stories": 0.9}
@@ -198,32 +252,32 @@ def test_ties_of_the_best_go_to_the_lower_temperature(order):
     assert best.overall == 0.3
 
 
-def test_the_best_for_all_tasks_takes_each_metric_by_its_range():
+def test_the_best_for_all_tasks_wins_most_often_on_average():
     # Plain means would choose 0.9, whose stories differ by hundreds.
     best = choose(
-        {0.0: [1.0, 1.0], 0.3: [0.9, 0.9], 0.9: [0.0, 0.0]},
+        {0.0: [0.8, 0.8], 0.3: [0.9, 0.9], 0.9: [0.0, 0.0]},
         {0.0: [0.0, 0.0], 0.3: [600.0, 600.0], 0.9: [700.0, 700.0]},
     )
     assert best.overall == 0.3
 
 
 def test_nothing_is_best_without_training_prompts():
-    assert choose_best_fixed(make_experiment(), [], {}) is None
+    assert choose_best_fixed(make_experiment(), {}, []) is None
 
 
 @pytest.mark.parametrize(
-    ("interval", "num_prompts", "verdict"),
+    ("interval", "verdict"),
     [
-        (Interval(0.53, 0.51, 0.55), 20, BEATS),
-        (Interval(0.47, 0.45, 0.49), 20, LOSES),
-        (Interval(0.53, 0.49, 0.57), 20, UNDECIDED),
-        (Interval(0.5, 0.5, 0.5), 20, UNDECIDED),
-        (Interval(0.53, 0.5, 0.55), 20, UNDECIDED),
-        (Interval(1.0, 1.0, 1.0), 19, TOO_FEW),
+        (Interval(0.53, 0.51, 0.55), BEATS),
+        (Interval(0.47, 0.45, 0.49), LOSES),
+        (Interval(0.53, 0.49, 0.57), UNDECIDED),
+        (Interval(0.5, 0.5, 0.5), UNDECIDED),
+        (Interval(0.53, 0.5, 0.55), UNDECIDED),
+        (Interval(1.0, None, None), TOO_FEW),
     ],
 )
-def test_a_verdict_goes_by_the_interval(interval, num_prompts, verdict):
-    assert judge_win_rate(interval, num_prompts) == verdict
+def test_a_verdict_goes_by_the_interval(interval, verdict):
+    assert judge_win_rate(interval) == verdict
 
 
 def judged(kind: str, verdict: str, votes: int = 1) -> dict:
@@ -237,8 +291,8 @@ def test_the_verdict_on_one_task_in_words():
     assert write_verdict("h", {"sums": [{"kind": "head", "votes": 1}, *rows]}, None) == (
         "On sums, head h beats MeanShift, its own mean temperature (53.4 % [51.1, 55.0]) and its "
         "own temperatures in random order (53.4 % [51.1, 55.0]); it loses to the best fixed "
-        "temperature of the task (53.4 % [51.1, 55.0]); it cannot be told apart from the entropy "
-        "rule (53.4 % [51.1, 55.0]). Against itself with other seeds it wins 53.4 % [51.1, 55.0]."
+        "temperature of the task (53.4 % [51.1, 55.0]); it cannot be told apart from EDT "
+        "(53.4 % [51.1, 55.0]). Against itself with other seeds it wins 53.4 % [51.1, 55.0]."
     )
 
 
@@ -259,10 +313,10 @@ def test_the_verdict_says_when_the_noise_floor_is_off():
     assert "by chance alone: wins of this size mean nothing." in write_verdict("h", rows, None)
 
 
-def test_too_few_prompts_say_nothing():
+def test_too_few_groups_say_nothing():
     rows = {"sums": [judged("meanshift", TOO_FEW), judged("self", TOO_FEW)]}
     verdict = write_verdict("h", rows, None)
-    assert "too few prompts" in verdict
+    assert "too few groups" in verdict
     assert "beats" not in verdict
 
 
@@ -275,9 +329,9 @@ def test_a_summary_votes_by_answer():
         for key, of_prompt in texts.items()
         for i, text in enumerate(of_prompt)
     ]
-    arm = Arm("fixed-0", "fixed", {"sums": 0.0}, temperature=0.0)
+    arm = Arm("fixed-0", "fixed", {"sums": Setting(0.0)}, 3, temperature=0.0)
     summary = summarise_arm(arm, "token", answers, experiment, build_rewards(experiment))
-    assert summary.votes == {"sums/test/0": 1.0, "sums/test/1": 0.5}
+    assert summary.votes == {"sums/test/0": (1.0,), "sums/test/1": (0.5,)}
     assert summary.temperatures == {"sums": pytest.approx(0.1)}
     assert summary.num_tokens == 12
     assert summary.finish_reasons == {"stop": 6}
@@ -368,13 +422,16 @@ def test_results_hold_what_is_needed_to_judge_them(results):
     assert results["num_responses"] == 4
     assert results["machine"]["num_cores"] >= 1
     assert results["machine"]["packages"]["torch"]
-    assert len(results["arms"]) == 19
+    assert results["tasks"]["sums"]["num_groups"] == {"train": 4, "test": 25}
+    assert len(results["arms"]) == 5 + 6 * 5 + 4 + 4 + 5 + 4
+    assert results["heads"]["tok"]["trained"] == [True]
     for head, tasks in (("tok", ["sums", "stories"]), ("seq", ["sums"])):
         assert list(results["heads"][head]["tasks"]) == tasks
     assert results["heads"]["seq"]["average"] is None
     kinds = [row["kind"] for row in results["heads"]["tok"]["average"]]
     expected = ["head", *["fixed"] * 5, "best_fixed", "best_fixed_overall", "meanshift"]
-    assert kinds == [*expected, "shuffled", "entropy", "self"]
+    expected += ["equal_surprisal", "shuffled", "dealt", "entropy", "min_p", "top_p", "card"]
+    assert kinds == [*expected, "head_min_p", "self"]
 
 
 def test_secondary_rewards_are_reported_for_every_arm_of_the_task(folder, results):
@@ -418,24 +475,33 @@ def test_tables_show_what_the_json_holds(folder, results):
         if line.startswith("|"):
             widths.setdefault(line.split("|")[1], line.count("|"))
     assert set(widths.values()) <= {3, 4, 5, 6}
+    assert "### sums: correct, 25 prompts in 25 groups (exploratory)" in content
+    num = sum("win_rate" in row for row in results["heads"]["tok"]["tasks"]["sums"]["rows"])
+    assert f"{num} comparisons; each interval has {100 - 5 / num:.2f} %." in content
+    primary = render_tables(results | {"primary": True}, [])
+    assert "exploratory" not in primary
+    assert "Nothing was learnt" not in content
+    heads = {"tok": results["heads"]["tok"] | {"trained": [True, False, False]}}
+    failed = render_tables(results | {"heads": heads}, [])
+    assert "Nothing was learnt in training 2, 3 of 3" in failed
 
 
 def test_bold_is_what_excludes_no_difference(results):
-    def render(num_prompts: int, low: float, high: float) -> str:
+    def render(low: float | None, high: float | None) -> str:
         changed = json.loads(json.dumps(results))
-        changed["tasks"]["sums"]["num_prompts"]["test"] = num_prompts
         rows = changed["heads"]["seq"]["tasks"]["sums"]["rows"]
         row = next(row for row in rows if row["kind"] == "entropy")
         row["label"] = "THIS"
-        row["win_rate"] = {"mean": (low + high) / 2, "low": low, "high": high}
+        mean = 0.55 if low is None else (low + high) / 2
+        row["win_rate"] = {"mean": mean, "low": low, "high": high}
         row["difference"] = {"mean": 0.0, "low": -0.1, "high": 0.1}
         content = render_tables(changed, [])
         return next(line for line in content.splitlines() if line.startswith("| THIS |"))
 
-    assert render(25, 0.52, 0.58).endswith("| +0.000 [-0.100, +0.100] | **55.0 [52.0, 58.0]** |")
-    assert render(25, 0.42, 0.48).endswith("| **45.0 [42.0, 48.0]** |")
-    assert render(25, 0.48, 0.58).endswith("| 53.0 [48.0, 58.0] |")
-    assert render(19, 0.52, 0.58).endswith("| 55.0 [52.0, 58.0] |")
+    assert render(0.52, 0.58).endswith("| +0.000 [-0.100, +0.100] | **55.0 [52.0, 58.0]** |")
+    assert render(0.42, 0.48).endswith("| **45.0 [42.0, 48.0]** |")
+    assert render(0.48, 0.58).endswith("| 53.0 [48.0, 58.0] |")
+    assert render(None, None).endswith("| 55.0 |")
 
 
 def test_spans_are_told_in_the_tables(folder, results):

@@ -32,7 +32,7 @@ def answer(request: GenerationRequest) -> str:
     return f"it is {number + 1 if request.seed % 2 else 0}"
 
 
-def roll_out(folder: Path, **changes: object) -> list[Response]:
+def roll_out(folder: Path, replicate: int = 0, **changes: object) -> list[Response]:
     experiment = Experiment.model_validate(
         make_content(rollouts={"num_responses": 4, "shard_size": 3}, **changes)
     )
@@ -47,6 +47,7 @@ def roll_out(folder: Path, **changes: object) -> list[Response]:
         encode=encode,
         rewards=rewards,
         folder=folder,
+        replicate=replicate,
     )
 
 
@@ -63,6 +64,7 @@ def test_every_response_is_recorded_whole(engine: FakeEngine, tmp_path: Path) ->
     assert len({r.seed for r in responses}) == 20
     for response in responses:
         assert response.temperatures == (0.4, 0.4, 0.4)
+        assert response.logprobs == (-0.5, -0.5, -0.5)
         assert response.scores == {"correct": float(response.seed % 2)}
         assert response.finish_reason == "stop"
         assert response.prompt_token_ids == encode(PROMPTS[int(response.prompt_id[-1])])
@@ -104,10 +106,21 @@ def test_a_seed_is_its_own_whatever_was_done_before(engine: FakeEngine, tmp_path
     assert roll_out(tmp_path / "interrupted") == roll_out(tmp_path / "whole")
 
 
-def test_other_settings_are_refused(engine: FakeEngine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"name": "other"}, {"replicate": 1}])
+def test_other_settings_are_refused(engine: FakeEngine, tmp_path: Path, changes: dict) -> None:
     roll_out(tmp_path)
     with pytest.raises(DataError, match="other settings"):
-        roll_out(tmp_path, seed=1)
+        roll_out(tmp_path, **changes)
+
+
+def test_every_experiment_and_training_seed_draws_its_own(
+    engine: FakeEngine, tmp_path: Path
+) -> None:
+    runs = [
+        {response.seed for response in roll_out(tmp_path / str(n), **changes)}
+        for n, changes in enumerate([{}, {"name": "other"}, {"replicate": 1}, {"seed": 1}])
+    ]
+    assert len(set.union(*runs)) == sum(map(len, runs))
 
 
 def test_a_reward_that_raises_keeps_what_is_finished(

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
-from adaptive_head.lpo.experiment import PromptConfig, TaskConfig
+from adaptive_head.lpo.experiment import PromptConfig, TaskConfig, read_experiment
 from adaptive_head.lpo.records import DataError, Prompt
 from adaptive_head.lpo.tasks import (
     GENERATORS,
@@ -92,6 +92,45 @@ def test_the_splits_share_no_content_words(name: str, kind: str) -> None:
     assert not used["train"] & used["test"]
 
 
+@pytest.mark.parametrize("name", GENERATORS)
+def test_prompts_of_one_content_are_one_group_of_one_kind(name: str) -> None:
+    by_split = {split: generate(name, split, 60) for split in get_args(Split)}
+    groups = {split: {p.group for p in prompts} for split, prompts in by_split.items()}
+    assert not groups["train"] & groups["test"]
+    kinds: dict[str, str] = {}
+    for prompt in by_split["train"] + by_split["test"]:
+        assert prompt.group
+        assert kinds.setdefault(prompt.group, prompt.kind) == prompt.kind != ""
+    if name in ("products", "sums"):
+        for prompt in by_split["test"]:
+            operands = sorted(map(int, re.findall(r"\d+", get_content(prompt))))
+            assert operands == list(map(int, re.findall(r"\d+", prompt.group)))
+    elif name in ("stories", "constrained_stories", "lists", "explanations"):
+        assert all(prompt.group in get_content(prompt) for prompt in by_split["test"])
+
+
+def test_voting_is_tested_on_forty_operand_pairs_and_every_experiment_on_twenty_groups() -> None:
+    for path in (Path(__file__).parents[2] / "experiments").glob("*.yaml"):
+        experiment = read_experiment(path)
+        if any(task.prompts.file for task in experiment.tasks.values()):
+            continue
+        seed = experiment.derive_seed("prompts")
+        prompts = make_prompts(experiment.tasks, "test", seed, WordTokenizer())
+        for task in experiment.tasks:
+            groups = {prompt.group for prompt in prompts if prompt.task == task}
+            assert len(groups) >= (40 if experiment.name == "voting" else 20), (path, task)
+
+
+def test_two_experiments_draw_their_test_prompts_apart() -> None:
+    experiment = read_experiment(Path(__file__).parents[2] / "experiments" / "constrained.yaml")
+    titles = []
+    for name in ("one", "two"):
+        seed = experiment.model_copy(update={"name": name}).derive_seed("prompts")
+        prompts = make_prompts(experiment.tasks, "test", seed, WordTokenizer())
+        titles.append({prompt.group for prompt in prompts})
+    assert len(titles[0] & titles[1]) < 0.1 * len(titles[0])
+
+
 def test_references_are_right() -> None:
     for prompt in generate("arithmetic", "train", 100):
         a, b = map(int, re.findall(r"\d+", get_content(prompt)))
@@ -128,7 +167,7 @@ def write_lines(path: Path, lines: list[Any]) -> Path:
 
 
 def test_one_file_serves_both_splits_without_overlap(tmp_path: Path) -> None:
-    lines = [{"text": f"line {n}", "answer": n} for n in range(10)]
+    lines = [{"text": f"line {n}", "answer": n, "group": f"{n}"} for n in range(10)]
     tasks = make_task(5, file=write_lines(tmp_path / "prompts.jsonl", lines))
     train = make_prompts(tasks, "train", 0, WordTokenizer())
     test = make_prompts(tasks, "test", 0, WordTokenizer())
@@ -139,12 +178,44 @@ def test_one_file_serves_both_splits_without_overlap(tmp_path: Path) -> None:
         make_prompts(make_task(6, file=tmp_path / "prompts.jsonl"), "test", 0, WordTokenizer())
 
 
+def test_no_group_of_a_file_is_in_both_splits(tmp_path: Path) -> None:
+    lines = [{"text": f"{n}", "group": f"{n // 3}", "kind": f"{n // 15}"} for n in range(30)]
+    path = write_lines(tmp_path / "prompts.jsonl", lines)
+    orders = set()
+    for seed in range(5):
+        train, test = (
+            make_prompts(make_task(10, file=path), split, seed, WordTokenizer())
+            for split in get_args(Split)
+        )
+        assert not {p.group for p in train} & {p.group for p in test}
+        assert {(p.group, p.kind) for p in train + test} <= {(w["group"], w["kind"]) for w in lines}
+        assert not any("kind" in p.reference or "group" in p.reference for p in train)
+        orders.add(tuple(p.text for p in test))
+    assert len(orders) == 5
+    with pytest.raises(DataError, match=r"tasks\.mine: only \d+ of 16 test prompts"):
+        make_prompts(make_task(16, file=path), "test", 0, WordTokenizer())
+
+
+def test_the_kind_is_the_task_unless_a_line_names_it(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "prompts.jsonl", [{"text": "a", "group": "a"}])
+    (prompt,) = make_prompts(make_task(1, file=path), "train", 0, WordTokenizer())
+    assert (prompt.group, prompt.kind) == ("a", "mine")
+
+
+def test_a_group_of_two_kinds_is_refused(tmp_path: Path) -> None:
+    lines = [{"text": "a", "group": "g", "kind": "k"}, {"text": "b", "group": "g"}]
+    path = write_lines(tmp_path / "prompts.jsonl", lines)
+    with pytest.raises(DataError, match=r"tasks\.mine: group 'g' has the kinds"):
+        make_prompts(make_task(2, file=path), "train", 0, WordTokenizer())
+
+
 def test_a_template_makes_chat_prompts(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "gsm8k.jsonl", [{"question": "1 + 1?", "answer": "#### 2"}] * 2)
-    source = {"file": path, "template": "{question}\nThink."}
+    source = {"file": path, "template": "{question}\nThink.", "group": "{question}"}
     (prompt,) = make_prompts(make_task(1, **source), "train", 0, WordTokenizer())
     assert prompt.messages == ({"role": "user", "content": "1 + 1?\nThink."},)
     assert prompt.reference["answer"] == "#### 2"
+    assert prompt.group == "1 + 1?"
 
 
 @pytest.mark.parametrize(
@@ -152,10 +223,13 @@ def test_a_template_makes_chat_prompts(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("[1]", "must be an object"),
-        ('{"question": "?"}', "messages or text"),
-        ('{"text": ""}', "must not be empty"),
-        ('{"text": "a", "messages": [{"role": "user", "content": "b"}]}', "either"),
-        ('{"messages": [{"role": "user"}]}', "role and content"),
+        ('{"question": "?", "group": "g"}', "messages or text"),
+        ('{"text": "", "group": "g"}', "must not be empty"),
+        ('{"text": "a", "group": "g", "messages": [{"role": "u", "content": "b"}]}', "either"),
+        ('{"messages": [{"role": "user"}], "group": "g"}', "role and content"),
+        ('{"text": "a"}', "group: give a string that names the content"),
+        ('{"text": "a", "group": 3}', "group: give a string"),
+        ('{"text": "a", "group": "g", "kind": 3}', "kind: must be a string"),
     ],
 )
 def test_a_malformed_line_names_file_and_line(tmp_path: Path, line: str, reason: str) -> None:
@@ -166,7 +240,7 @@ def test_a_malformed_line_names_file_and_line(tmp_path: Path, line: str, reason:
 
 
 def test_a_template_field_that_a_line_lacks_is_named(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "prompts.jsonl", [{"question": "?"}])
+    path = write_lines(tmp_path / "prompts.jsonl", [{"question": "?", "group": "g"}])
     with pytest.raises(DataError, match="line 1: no 'problem'"):
         make_prompts(make_task(1, file=path, template="{problem}"), "train", 0, WordTokenizer())
 

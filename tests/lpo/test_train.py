@@ -422,7 +422,7 @@ def test_training_stops_when_validation_stops_improving(tmp_path):
     assert result.epochs == result.best_epoch + 3 < 60
     history = read_history(tmp_path)
     losses = [epoch["validation_loss"] for epoch in history]
-    assert min(losses[1:]) == losses[result.best_epoch] == result.validation_loss
+    assert min(losses) == losses[result.best_epoch] == result.validation_loss
     assert history[-1]["train_loss"] < history[1]["train_loss"]
 
 
@@ -434,16 +434,25 @@ def test_the_head_is_that_of_the_best_epoch(tmp_path):
     assert read_weights(tmp_path / "whole") == read_weights(tmp_path / "best")
 
 
-def test_an_untrained_head_is_never_the_best(tmp_path, tokens):
+def test_a_head_that_learnt_nothing_is_saved_untrained(tmp_path, capsys, tokens):
     """Validation prefers the opposite of training, so that every epoch is worse than none."""
     held_out = set(split_pairs(tokens.pairs, 0.2, seed=0)[1])
     pairs = [
         replace(pair, chosen=pair.rejected, rejected=pair.chosen) if index in held_out else pair
         for index, pair in enumerate(tokens.pairs)
     ]
-    result = fit(tmp_path, replace(tokens, pairs=pairs), make_recipe(patience=2))
-    assert (result.best_epoch, result.epochs) == (1, 3)
-    assert result.untrained_loss < result.validation_loss
+    recipe = make_recipe(patience=2)
+    result = fit(tmp_path, replace(tokens, pairs=pairs), recipe)
+    assert (result.best_epoch, result.epochs) == (0, 2)
+    assert result.untrained_loss == result.validation_loss
+    assert "nothing was learnt" in capsys.readouterr().err
+    head = load_head(tmp_path / "head")
+    assert not head.metadata.trained
+    for name, weights in AdaptiveHead(head.network.config, recipe.seed).state_dict().items():
+        assert torch.allclose(head.network.state_dict()[name], weights)
+    # A finished run says so again.
+    assert fit(tmp_path, replace(tokens, pairs=pairs), recipe) == result
+    assert "nothing was learnt" in capsys.readouterr().err
 
 
 def test_the_training_loss_is_a_mean_over_pairs(tmp_path, tokens):
