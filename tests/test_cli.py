@@ -259,6 +259,49 @@ def test_upgrade_rewrites_format_1_and_says_so(tmp_path, model):
     assert run("upgrade", folder).stdout == f"{folder} has format 2 already\n"
 
 
+def test_set_changes_what_a_head_does_by_default(tmp_path, model):
+    folder = make(tmp_path, model).path
+    weights = (folder / "head.safetensors").read_bytes()
+    result = run("set", folder, "--select", "mean", "--abstain-below", "0.25", "--fallback", "0.6")
+    sentence = "abstain 0.6 where its probability is below 0.25"
+    assert result.stdout == f"{folder} now has select mean, {sentence}\n"
+    assert load_head(folder).abstain.parameters == (0.25, 0.6, 1.0)
+    # What is not named stays as it is.
+    run("set", folder, "--statistic", "margin")
+    head = load_head(folder)
+    assert (head.select, head.abstain.parameters) == ("mean", (0.25, 0.6, 0.0))
+    assert "0.6 where its margin is below 0.25" in run("show", folder).stdout
+    run("set", folder, "--no-abstain")
+    assert load_head(folder).abstain is None
+    assert (folder / "head.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--abstain-below", "0.25"], "head.json: abstain.fallback: Field required"),
+        (["--fallback", "0.5"], "head.json: abstain.threshold: Field required"),
+        (
+            ["--abstain-below", "1.5", "--fallback", "1"],
+            "head.json: abstain.threshold: Input should",
+        ),
+        (
+            ["--abstain-below", "0.5", "--fallback", "11"],
+            "head.json: abstain.fallback: Input should",
+        ),
+        (["--no-abstain", "--fallback", "1"], "--no-abstain does not go with"),
+        ([], "say what to change"),
+    ],
+)
+def test_set_refuses_what_a_head_cannot_do_and_changes_nothing(
+    tmp_path, model, arguments, complaint
+):
+    folder = make(tmp_path, model).path
+    before = (folder / "head.json").read_bytes()
+    assert complaint in refusal("set", folder, *arguments)
+    assert (folder / "head.json").read_bytes() == before
+
+
 def test_upgrade_refuses_what_is_no_head_or_no_empty_folder(tmp_path, model):
     assert "is not a head: it has no head.json" in refusal("upgrade", tmp_path)
     folder = make(tmp_path, model).path

@@ -103,6 +103,8 @@ def add_now(dashboard: Dashboard) -> None:
 def add_temperatures(dashboard: Dashboard) -> None:
     tokens = f"sum by (le) (rate(adaptive_temperature_bucket{{{HEAD}}}{RATE}))"
     answers = f"sum by (le) (rate(adaptive_request_temperature_bucket{{{HEAD}}}{RATE}))"
+    abstained = f"sum by (head) (rate(adaptive_abstained_tokens_total{{{HEAD}}}{RATE}))"
+    total = f"(sum by (head) (rate(adaptive_temperature_count{{{HEAD}}}{RATE})) > 0)"
     dashboard.with_row(Row("Temperatures"))
     for panel in (
         draw_heatmap(
@@ -128,7 +130,7 @@ def add_temperatures(dashboard: Dashboard) -> None:
             unit="percentunit",
             maximum=1,
             alerts=["AdaptiveGreedyShareHigh"],
-            width=8,
+            width=6,
         ),
         draw_lines(
             "Share at the highest temperature",
@@ -138,7 +140,7 @@ def add_temperatures(dashboard: Dashboard) -> None:
             unit="percentunit",
             maximum=1,
             alerts=["AdaptiveTopShareHigh"],
-            width=8,
+            width=6,
         ),
         draw_lines(
             "Drift from training",
@@ -148,7 +150,16 @@ def add_temperatures(dashboard: Dashboard) -> None:
             unit="none",
             maximum=1,
             alerts=["AdaptiveDrift"],
-            width=8,
+            width=6,
+        ),
+        draw_lines(
+            "Share of fallbacks",
+            "Tokens that got the fallback of a head that was too unsure to choose, among all of "
+            "its tokens; only of heads that may abstain.",
+            (f"{abstained} / {total}", "{{head}}"),
+            unit="percentunit",
+            maximum=1,
+            width=6,
         ),
     ):
         dashboard.with_panel(panel)

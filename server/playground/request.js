@@ -6,6 +6,8 @@ export const CHAT_PATH = "v1/chat/completions";
 const WITH_TOKENS = { stream: true, logprobs: true, top_logprobs: 5 };
 // Fields of the form that go into the body as they are; each name is the field's path there.
 const TEXT_FIELDS = ["adaptive.select", "adaptive.two_phase.marker"];
+// Numbers with commas between.
+const LIST_FIELDS = ["adaptive.list.temperatures"];
 
 /**
  * The bodies of both requests.
@@ -58,9 +60,14 @@ function pick(values, names) {
     const path = name.split(".");
     const last = path.pop();
     const parent = path.reduce((object, part) => (object[part] ??= {}), picked);
-    parent[last] = TEXT_FIELDS.includes(name) ? text : Number(text);
+    parent[last] = parse(name, text);
   }
   return picked;
+}
+
+function parse(name, text) {
+  if (TEXT_FIELDS.includes(name)) return text;
+  return LIST_FIELDS.includes(name) ? text.split(",").map(Number) : Number(text);
 }
 
 /** "head:a:b" is the head "a:b". */

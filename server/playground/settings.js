@@ -8,6 +8,7 @@ const POLICIES = {
   schedule: "from one temperature to another",
   two_phase: "one while thinking, one after",
   constant: "the same for every token",
+  list: "one after the other",
 };
 const ALIAS = ":adaptive";
 
@@ -78,7 +79,8 @@ export class Settings {
     const high = number("adaptive.max", Infinity);
     const scale = number("adaptive.scale", 1);
     const bound = (value) => Math.min(Math.max(scale * value, low), high);
-    return [...new Set((head?.temperatures ?? []).map(bound))];
+    const fallback = head?.abstain ? [head.abstain.fallback] : [];
+    return [...new Set([...(head?.temperatures ?? []), ...fallback].map(bound))].sort((a, b) => a - b);
   }
 
   /** What differs from the page as it opens, as the fragment of an address. */

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from adaptive_head.abstention import Abstention
 from adaptive_head.metadata import FeatureProbe, HeadError
 from adaptive_head.options import Options
 from server import feature_probe
@@ -61,6 +62,15 @@ def warnings(caplog, monkeypatch):
 
 def describe(probe: FeatureProbe | None = PROBE, **changes):
     return describe_head(**changes).model_copy(update={"probe": probe})
+
+
+async def test_a_head_that_may_abstain_is_asked_for_its_distribution():
+    engine = Engine()
+    abstain = Abstention(threshold=0.9, fallback=5.0, statistic="margin")
+    metadata = describe().model_copy(update={"abstain": abstain})
+    await check_features(engine, ServedHead("tok", 3, metadata))
+    for _, params, _ in engine.requests:
+        assert not Options.from_extra_args(params.extra_args).can_abstain
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

@@ -2,6 +2,7 @@ from collections import Counter
 
 import pytest
 
+from adaptive_head.abstention import Abstention
 from adaptive_head.options import parse_request, resolve_options
 from server.heads import Canary, HeadRegistry, ServedHead
 from tests.server.fakes import describe_head
@@ -90,3 +91,17 @@ def test_a_canary_of_a_canary_is_not_asked():
     registry.set_canary("b", Canary("c", 100))
     assert choose(registry)[0].name == "b"
     assert registry.find_canaries("b").keys() == {"a", "b"}
+
+
+def test_a_canary_abstains_in_its_own_way():
+    abstain = Abstention(threshold=0.5, fallback=0.7, statistic="probability")
+    abstaining = TOKEN.model_copy(update={"abstain": abstain})
+    registry = make_registry(a=TOKEN, b=abstaining)
+    registry.set_canary("a", Canary("b", 100))
+    assert choose(registry)[0].parameters == (0.5, 0.7, 1.0)
+    assert choose(registry, abstain=False)[0].parameters == ()
+    # And none answers a request that wants a fallback, if it has none.
+    registry = make_registry(a=abstaining, b=TOKEN)
+    registry.set_canary("a", Canary("b", 100))
+    assert choose(registry, abstain=True)[0].name == "a"
+    assert choose(registry)[0].name == "b" and not choose(registry)[0].can_abstain

@@ -13,11 +13,14 @@ from fastapi import FastAPI
 from vllm.exceptions import GracefulHTTPError, QueueOverflowError, VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
+from adaptive_head.options import parse_request
+from adaptive_head.parameters import MAX_LIST_LEN
 from adaptive_head.vllm.limits import Limits
 from server.limits import grammars, messages
 from server.limits.door import MAX_INLINE_BYTES, Door
 from server.limits.grammars import GrammarGate, check_grammars_in_threads
 from server.limits.queue import Queue, refuse_full
+from server.limits.shape import check_body
 from tests.programs import HANG_S
 
 SMALL = Limits(
@@ -400,3 +403,9 @@ def test_the_handler_of_a_full_queue_survives_vllms_own():
     init_exception_handler(app)
     assert app.exception_handlers[GracefulHTTPError] is refuse_full
     assert QueueOverflowError.__mro__[1] is GracefulHTTPError
+
+
+def test_the_longest_list_of_temperatures_is_within_the_limits():
+    adaptive = {"policy": "list", "list": {"temperatures": [0.7] * MAX_LIST_LEN}}
+    check_body(json.dumps({"prompt": "a", "adaptive": adaptive}).encode(), Limits())
+    assert parse_request(adaptive).list.temperatures == [0.7] * MAX_LIST_LEN

@@ -12,9 +12,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
+from adaptive_head.abstention import Abstention
 from adaptive_head.drift import accumulate_shares
 from adaptive_head.options import parse_request, resolve_options
 from server.counted_histogram import CountedHistogram
+from server.heads import ServedHead
 from server.metrics import DEFAULT_BUCKETS, AdaptiveMetrics, merge_buckets
 from tests.server.fakes import HEADS, describe_head, sample
 
@@ -302,3 +304,26 @@ def test_several_api_processes_add_up(tmp_path, request):
     assert sample(registry, "adaptive_temperature_bucket", le="+Inf") == 28
     assert sample(registry, "adaptive_request_temperature_count") == 2
     assert sample(registry, "adaptive_head_info") == 2
+
+
+def test_fallbacks_are_counted_from_0_for_heads_that_have_one():
+    abstain = Abstention(threshold=0.5, fallback=1.7, statistic="margin")
+    heads = HEADS | {"tok": HEADS["tok"].model_copy(update={"abstain": abstain})}
+    registry, metrics = make_metrics(heads)
+    name = "adaptive_abstained_tokens_total"
+    counted = [
+        (found.labels, found.value)
+        for family in registry.collect()
+        for found in family.samples
+        if found.name == name
+    ]
+    labels = {"model": "smol", "head": "tok", "level": "token"}
+    assert counted == [(labels, 0.0)]
+    assert sample(registry, "adaptive_temperature_bucket", le="1.7", head="tok") == 0.0
+    options = resolve_options(
+        parse_request({}), {"tok": ServedHead("tok", 0, heads["tok"])}, "tok", None
+    )
+    metrics.count_abstained(options, 3)
+    assert sample(registry, name, head="tok") == 3
+    metrics.forget_head("tok", "token")
+    assert sample(registry, name) == 0

@@ -2,8 +2,13 @@ import pytest
 from prometheus_client import CollectorRegistry
 from vllm.outputs import SamplingMask
 
-from adaptive_head.decision import Decision
+from adaptive_head.abstention import Abstention
+from adaptive_head.decision import Decision, DecisionFlag
+from adaptive_head.options import parse_request, resolve_options
+from adaptive_head.vllm.wire import DecisionSender
 from server.heads import ServedHead
+from server.metrics import AdaptiveMetrics
+from server.report import Report, summarise_all
 from tests.server.fakes import describe_head, feed, make_output, make_report, sample
 
 ENTROPY = {"policy": "entropy"}
@@ -64,7 +69,13 @@ def test_a_heads_histogram_has_the_exact_temperatures(temperature, key):
 
 
 @pytest.mark.parametrize(
-    "adaptive", [{"policy": "entropy"}, {"policy": "schedule"}, {"select": "mean"}]
+    "adaptive",
+    [
+        {"policy": "entropy"},
+        {"policy": "schedule"},
+        {"policy": "list", "list": {"temperatures": [0.7]}},
+        {"select": "mean"},
+    ],
 )
 def test_a_histogram_of_continuous_temperatures_is_rounded_to_tenths(adaptive):
     summary = read_all(adaptive, 0.712345, 0.698, 0.04, 1.96).describe(show_tokens=False)
@@ -205,3 +216,27 @@ def test_prompts_are_counted_when_the_engine_gets_them():
     for _ in range(2):
         report.begin_prompt().begin()
     assert sample(registry, "adaptive_requests_total", policy="entropy", head="entropy") == 2
+
+
+def test_tokens_with_the_fallback_are_counted_where_the_head_can_abstain():
+    abstain = Abstention(threshold=0.5, fallback=0.6, statistic="margin")
+    metadata = describe_head().model_copy(update={"abstain": abstain})
+    head = ServedHead("tok", 0, metadata)
+    registry = CollectorRegistry()
+    metrics = AdaptiveMetrics("smol", {"tok": metadata}, registry)
+    for adaptive, shown in (({}, {"abstained": 2}), ({"abstain": False}, {})):
+        request = parse_request(adaptive)
+        options = resolve_options(request, {"tok": head}, "tok", None)
+        report = Report(options, "summary", 1, metrics, head=head)
+        prompt = report.begin_prompt()
+        output = make_output((0, [0.6, 0.3, 0.6], "stop"), finished=True)
+        fields = {"flags": DecisionFlag.ABSTAINED} if shown else {}
+        fallback, chosen = Decision(600_000, **fields), Decision(300_000)
+        mask = DecisionSender().send("r", [fallback, chosen, fallback])
+        output.outputs[0].sampling_mask = SamplingMask(mask.to_nested_list())
+        prompt.read(output)
+        described = report[0].describe(show_tokens=False)
+        assert {key: described[key] for key in described.keys() & {"abstained"}} == shown
+        assert described["histogram"] == {"0.3": 1, "0.6": 2}
+        assert summarise_all([prompt]).get("abstained") == shown.get("abstained")
+    assert sample(registry, "adaptive_abstained_tokens_total") == 2
