@@ -244,6 +244,8 @@ def choose_temperature(answer: Answer, options: Options, position: int) -> float
         return start + (end - start) * min(position / num_tokens, 1.0)
     if options.policy == "entropy":
         return options.parameters[0] * answer.rng.random()
+    if options.policy == "list":
+        return options.temperatures[min(position, len(options.temperatures) - 1)]
     return options.parameters[0]
 
 

@@ -26,6 +26,7 @@ from adaptive_head.vllm.wire import (
     DecisionReader,
     DecisionSender,
     DecisionTensors,
+    pack_decisions,
     take_decisions,
 )
 from tests.contract.helpers import assert_in_order, source
@@ -95,6 +96,23 @@ def test_a_request_with_drafts_hands_over_as_many_choices_as_it_kept_tokens():
         assert sender.slice_request(0, 2).to_nested_list() == [[0, 5], [1, 6]]
         assert sender.slice_request(1, 1) is None
         assert sender.slice_request(2, 1).to_nested_list() == [[0, 8]]
+
+
+def test_a_step_whose_heads_may_abstain_sends_flags_of_those_that_have():
+    micros = torch.tensor([700_000, 300_000, ORDINARY], dtype=torch.int32)
+    packed = pack_decisions(micros, torch.tensor([True, False, False]))
+    assert packed.dtype == torch.int32
+    lists = DecisionTensors(packed).to_cpu_nonblocking().tolists()
+    sender = DecisionSender().begin_step(lists, ["a", "b", "c"])
+    masks = [sender.slice_request(row, 1) for row in range(3)]
+    assert read((1, masks[0].to_nested_list())) == [
+        (Decision(700_000, flags=DecisionFlag.ABSTAINED), 1)
+    ]
+    assert read((1, masks[1].to_nested_list())) == [(Decision(300_000), 1)]
+    assert masks[2] is None
+    # In a step of narrower rows the same decision is no news.
+    plain = DecisionTensors(pack_decisions(micros, None)).to_cpu_nonblocking().tolists()
+    assert sender.begin_step(plain, ["a", "b", "c"]).slice_request(1, 1) is None
 
 
 def record(position: int, temperature: int, **others: int) -> list[int]:

@@ -81,6 +81,7 @@ def make_options(policy: str, **changes: object) -> Options:
         "schedule": (1.0, 0.3, 8.0),
         "two_phase": (1.0, 0.3),
         "constant": (0.7,),
+        "list": (),
     }
     values = {
         "name": policy,
@@ -91,6 +92,8 @@ def make_options(policy: str, **changes: object) -> Options:
         "max": 10.0,
         "parameters": parameters[policy],
     }
+    if policy == "list":
+        values["temperatures"] = (0.3, 0.0, 1.7, 0.2, 0.4)
     if policy == "two_phase":
         values |= {"marker_token_ids": (1, MARKER), "start_token_ids": (START,)}
     return Options(policy=policy, **values | changes)
@@ -106,7 +109,7 @@ def list_options(heads: dict[str, AdaptiveHead], sizes: Sizes) -> list[Options |
             found.append(make_options("head", name=name, level=level, select=select, **bounds))
         for policy, level in product(("entropy", "constant"), levels):
             found.append(make_options(policy, level=level, **bounds))
-        for policy in ("schedule", "two_phase"):
+        for policy in ("schedule", "two_phase", "list"):
             found.append(make_options(policy, **bounds))
         found.append(make_options("two_phase", marker_token_ids=(MARKER,), start_token_ids=()))
     return found

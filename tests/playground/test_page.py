@@ -56,7 +56,9 @@ def test_lists_come_from_the_server_and_a_token_head_is_proposed(page):
     page.open_ready()
     assert [option.text for option in page.find_all("[name=model] option")] == [MODEL]
     values = [option.get_attribute("value") for option in page.find_all("[name=chooser] option")]
-    policies = [f"policy:{name}" for name in ("entropy", "schedule", "two_phase", "constant")]
+    policies = [
+        f"policy:{name}" for name in ("entropy", "schedule", "two_phase", "constant", "list")
+    ]
     assert values == ["head:tok", "head:seq", *policies]
     assert page.find("[name=chooser]").get_property("value") == "head:tok"
 

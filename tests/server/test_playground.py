@@ -69,6 +69,7 @@ def test_every_policy_and_head_answers(page):
         chosen[value] = [token["temperature"] for token in page.read_tokens(page.panes[0])]
     assert chosen["policy:constant"] == [0.7] * 3
     assert chosen["policy:two_phase"] == [1.0] * 3
+    assert chosen["policy:list"] == [0.2, 0.7, 1.0]
     assert chosen["policy:schedule"] == pytest.approx([1.0, 0.997, 0.995], abs=0.001)
     assert len(set(chosen["head:seq"])) == 1
     assert all(0 < temperature < 1 for temperature in chosen["policy:entropy"])
