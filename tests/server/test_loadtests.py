@@ -23,7 +23,7 @@ def run(*arguments) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_smoke_scenario_goes_through(server):
-    finished = run("run", "--url", server.url, "--scenario", "smoke", "--duration", 6)
+    finished = run("run", "--url", server.url, "--scenario", "smoke", "--duration", 12)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     for kind in ("batch", "chat", "leaving", "long_prompt"):
         assert re.search(rf"^request +{kind}, ", finished.stderr, re.MULTILINE)
