@@ -16,6 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import triton.experimental.gluon  # noqa: F401
 
 import adaptive_head.vllm.kernels  # noqa: F401
+import tests.engine.interpreted_triton.quick_patching  # noqa: F401
 
 del os.environ["TRITON_INTERPRET"]
 

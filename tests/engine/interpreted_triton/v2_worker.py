@@ -4,13 +4,11 @@ Streams and events order work on a device; on the host everything is in order al
 """
 
 import contextlib
-import inspect
-from functools import cache
 from types import SimpleNamespace
 
+import quick_patching  # noqa: F401
 import torch
 import triton.language as tl
-import triton.runtime.interpreter as interpreter
 import vllm.v1.worker.gpu.sample.sampler as sampler
 import vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils as rejection
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -57,23 +55,6 @@ InterpreterBuilder.create_masked_load = lambda builder, pointers, mask, *args: _
 InterpreterBuilder.create_masked_store = lambda builder, pointers, value, mask, *args: _store(
     builder, pointers, value, _to_boolean(mask), *args
 )
-
-
-@cache
-def _find_builtins(namespace):
-    members = inspect.getmembers(namespace)
-    return [(name, member) for name, member in members if tl.core.is_builtin(member)]
-
-
-def _patch_builtins(namespace, builder, scope):
-    for name, member in _find_builtins(namespace):
-        # Another one is there already while a kernel calls a function.
-        if getattr(namespace, name) is member:
-            interpreter._patch_attr(namespace, name, member, builder, scope)
-
-
-# Triton looks for them again at every launch and every call, a fifth of the time.
-interpreter._patch_builtin = _patch_builtins
 
 # A function of CUDA's own library, which is not Python's to call.
 rejection.tldevice = SimpleNamespace(log1p=lambda x: tl.log(x + 1.0))
