@@ -78,12 +78,13 @@ def bootstrap_groups(
     Raises:
         ValueError: there are no prompts, the lengths differ, or a group is in two strata.
     """
-    flat = np.asarray(values, dtype=float).reshape(len(values), -1)
-    blocks = _draw_weights(groups, strata, num_bootstrap, np.random.default_rng(seed))
     if len(values) != len(groups):
         raise ValueError(f"{len(values)} prompts but {len(groups)} groups")
+    columns = np.asarray(values, dtype=float)
+    flat = columns.reshape(len(columns), columns[:1].size)
+    blocks = _draw_weights(groups, strata, num_bootstrap, np.random.default_rng(seed))
     draws = np.concatenate([weights @ flat for weights in blocks])
-    return draws.reshape(num_bootstrap, *np.shape(values)[1:])
+    return draws.reshape(num_bootstrap, *columns.shape[1:])
 
 
 def bootstrap_nested(
