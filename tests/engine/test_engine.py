@@ -88,7 +88,7 @@ CONSTRAINED = [
     ordinary(PROMPTS[2]),
 ]
 PREEMPTED = [
-    adaptive(prompt, seed=seed, max_tokens=40, options={"head": head})
+    adaptive(prompt, seed=seed, max_tokens=70, options={"head": head})
     for seed, prompt in enumerate(PROMPTS[:4])
     for head in ("tok", "seq")
 ]
@@ -117,14 +117,15 @@ REWRITTEN = [
     adaptive(
         prompt,
         seed=seed,
-        max_tokens=40,
+        max_tokens=70,
         logit_bias={"81": 100.0, "82": 100.0},
         options={
             "policy": "two_phase",
             "two_phase": {"thinking": thinking, "answer": 8.0, "marker": "</two>"},
         },
     )
-    for seed, (prompt, thinking) in enumerate(zip(PROMPTS[:4], (9.0, 10.0) * 2, strict=True))
+    for seed, prompt in enumerate(PROMPTS[:4])
+    for thinking in (9.0, 10.0)
 ]
 JUNK = [
     ordinary(PROMPTS[0], extra_args=extra_args)
@@ -168,7 +169,7 @@ BATCHES = {
 ENGINES = {
     "plain": {},
     "chunked": {"max_num_batched_tokens": 16, "enable_chunked_prefill": True},
-    "preempting": {"num_gpu_blocks_override": 10},
+    "preempting": {"num_gpu_blocks_override": 14},
     "processed": {"logprobs_mode": "processed_logprobs"},
 }
 
