@@ -4,23 +4,29 @@ Each backend runs once, in a process of its own: this file as a script.
 """
 
 import json
+import math
 import re
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from vllm.logprobs import Logprob
 from vllm.platforms import current_platform
 
 from adaptive_head.lpo.engine import (
     Engine,
+    Filters,
     Generation,
     GenerationRequest,
     engine_arguments,
+    make_sampling_params,
     open_engine,
+    read_generation,
 )
 from adaptive_head.lpo.engine_dp import DataParallelEngine
 from adaptive_head.lpo.engine_ray import (
@@ -235,6 +241,22 @@ class TestRunning:
         assert len(seen) > 2
 
     @pytest.mark.parametrize("backend", BACKENDS)
+    def test_log_probabilities_are_those_at_temperature_1(self, results, backend):
+        answers = by_id(results(backend)["answers"])
+        greedy = {}
+        for request in make_requests():
+            logprobs = answers[request.id]["logprobs"]
+            assert len(logprobs) == len(answers[request.id]["token_ids"])
+            # At the temperature that they were sampled at, greedy tokens would have 0.
+            assert max(logprobs) < 0
+            if request.temperature == 0:
+                greedy[request.prompt_token_ids] = logprobs[0]
+        assert len(greedy) == 4
+        for request in make_requests():
+            first = answers[request.id]["logprobs"][0]
+            assert first <= greedy[request.prompt_token_ids] + 1e-4
+
+    @pytest.mark.parametrize("backend", BACKENDS)
     def test_a_seed_gives_the_same_answer_whatever_runs_beside_it(self, results, backend):
         assert by_id(results(backend)["answers"]) == by_id(results(backend)["again"])
         assert by_id(results(backend)["answers"]) == by_id(results("local")["answers"])
@@ -373,6 +395,34 @@ def test_engines_run_in_float32_without_bfloat16_instructions(processor, monkeyp
 
     assert find_dtype() == default
     assert find_dtype(dtype="bfloat16") == find_dtype(options={"dtype": "bfloat16"}) == "bfloat16"
+
+
+def test_engines_report_raw_log_probabilities_whatever_the_options_say():
+    options = {"logprobs_mode": "processed_logprobs"}
+    arguments = engine_arguments("model", EngineConfig(options=options), {})
+    assert arguments["logprobs_mode"] == "raw_logprobs"
+
+
+def test_filters_travel_with_a_request_of_any_kind():
+    filters = Filters(top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.1)
+    policy = AdaptiveRequest(policy="entropy")
+    for temperature, expected in ((0.7, 0.7), (policy, 1.0)):
+        request = GenerationRequest("a", (5,), 8, 3, temperature, filters)
+        params = make_sampling_params(request, {})
+        assert (params.top_p, params.top_k, params.min_p) == (0.9, 20, 0.1)
+        assert params.repetition_penalty == 1.1
+        assert (params.temperature, params.seed, params.logprobs) == (expected, 3, 0)
+
+
+def test_a_generation_has_the_log_probability_of_each_token():
+    positions = [{7: Logprob(-0.25, 1)}, {9: Logprob(-math.inf, 3)}]
+    completion = SimpleNamespace(
+        token_ids=[7, 9], logprobs=positions, text="ab", finish_reason="length"
+    )
+    request = GenerationRequest("a", (5,), 8, 3, 0.7)
+    generation = read_generation(SimpleNamespace(outputs=[completion]), request)
+    # JSON has no infinity.
+    assert generation.logprobs == (-0.25, -9999.0)
 
 
 def make_nodes(kind: str, *counts: int) -> list[dict]:
