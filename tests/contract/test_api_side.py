@@ -50,7 +50,6 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.async_utils import merge_async_iterators
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from adaptive_head.options import EXTRA_ARGS_KEY, AdaptiveRequest, Options, resolve_options
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
@@ -260,26 +259,6 @@ def test_handlers_pass_prompt_and_parameters_in_the_order_of_the_proxy(handler):
     for client in (EngineClient, AsyncLLM):
         assert_parameters(client.generate, "self", "prompt", "sampling_params", "request_id")
     assert_parameters(EngineProxy.generate, "self", "prompt", "sampling_params")
-
-
-def test_vllms_generate_reads_the_queue_that_add_request_returns():
-    """By the methods that ours overrides, and with nothing of the engine client's that is not
-    reached through `self`."""
-    assert_in_order(
-        AsyncLLM.generate,
-        "q = await self.add_request(",
-        "out = q.get_nowait() or await q.get()",
-        "yield out",
-        "await self.abort(q.request_id, internal=True)",
-        "finally:",
-        "q.close()",
-    )
-    assert_in_order(RequestOutputCollector.put, "isinstance(output, Exception)", "self.output = ")
-    for method in ("get", "get_nowait"):
-        assert_in_order(getattr(RequestOutputCollector, method), "=self.output", "raise output")
-    queue = "queue = RequestOutputCollector(params.output_kind, request.request_id)"
-    assert_in_order(AsyncLLM.add_request, queue, "return queue")
-    assert not hasattr(RequestOutputCollector, "__slots__")
 
 
 def test_names_that_the_routes_take_from_vllms_modules():

@@ -22,21 +22,19 @@ from server.handlers import AdaptiveServingChat, AdaptiveServingResponses
 from server.metrics import AdaptiveMetrics
 from server.report import set_current_report
 from server.routes import CHAT_PATH, RESPONSES_PATH, make_router
-from tests.server.engine import ScriptedEngine
 from tests.server.fakes import HEADS, make_output, make_report, make_state, sample
 from tests.server.test_streams import MESSAGES, make_handler
 
 
-class Engine(ScriptedEngine):
+class Engine:
     """Generates two tokens for each choice, the second when it may."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.may_begin = asyncio.Event()
         self.may_end = asyncio.Event()
         self.error: Exception | None = None
 
-    async def deliver(self, prompt, params):
+    async def generate(self, prompt, params, request_id):
         await self.may_begin.wait()
         if self.error is not None:
             raise self.error
@@ -71,8 +69,6 @@ class Server:
                 errored=False, is_running=True, should_keep_api_server_alive=False
             ),
             "args": SimpleNamespace(log_error_stack=False, sse_keep_alive_interval=0),
-            # Which vLLM ends where the engine is dead.
-            "server": SimpleNamespace(should_exit=False),
         }.items():
             setattr(self.app.state, name, value)
         self.chat = chat
@@ -203,7 +199,7 @@ async def test_a_client_that_leaves_before_or_after_the_first_token(server, stre
 
 
 async def test_a_client_that_does_not_read_and_leaves(server):
-    """Its generator stays open, since it waits for no token; what the engine made is counted."""
+    """Its generator stays open, since it waits for no token; what it has read is counted."""
     server, connection = server(), Connection(is_slow=True)
     for event in (server.engine.may_begin, server.engine.may_end):
         event.set()
@@ -212,7 +208,7 @@ async def test_a_client_that_does_not_read_and_leaves(server):
     connection.has_left.set()
     await asked
     assert server.num_holders == 0
-    assert sample(server.registry, "adaptive_temperature_count") == 2
+    assert sample(server.registry, "adaptive_temperature_count") == 1
 
 
 async def test_a_stream_that_is_never_started(server):

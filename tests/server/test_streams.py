@@ -26,7 +26,6 @@ from server.handlers import (
 )
 from server.protocol import AdaptiveChatCompletionRequest, AdaptiveCompletionRequest
 from server.report import set_current_report
-from tests.server.engine import ScriptedEngine
 from tests.server.fakes import make_mask, make_report
 
 # A name that looks like all that is searched for.
@@ -38,7 +37,7 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
 @dataclass
-class Engine(ScriptedEngine):
+class Engine:
     """Generates what was drawn: for each prompt its outputs, or the error in an output's place.
 
     Attributes:
@@ -50,10 +49,7 @@ class Engine(ScriptedEngine):
     num_given: int = 0
     num_open: int = 0
 
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    async def deliver(self, prompt, params):
+    async def generate(self, prompt, params, request_id):
         self.num_open += 1
         try:
             for output in copy.deepcopy(self.prompts[prompt]):
