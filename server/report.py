@@ -211,6 +211,8 @@ class PromptReport:
 
     def flush(self) -> None:
         """Move what has been counted into the metrics."""
+        if not self._num_uncounted:
+            return
         num_tokens: Counter[int] = Counter()
         self.count_into(num_tokens)
         if uncounted := num_tokens - self._counted:
