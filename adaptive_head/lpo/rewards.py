@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, assert_nev
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from adaptive_head.lpo.fluency import find_ngrams, is_bad
 from adaptive_head.lpo.records import DataError, Prompt, Response, Span
 
 Count = Annotated[int, Field(ge=1)]
@@ -291,6 +292,20 @@ class DistinctReward(_Judge):
         return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
+class FluencyReward(_Judge):
+    """0.0 for a bad answer, garbled or looping (`lpo.fluency`), else 1.0.
+
+    It needs the log-probabilities that this release records of every answer.
+    """
+
+    kind: Literal["fluency"]
+
+    def judge(self, prompt: Prompt, response: Response) -> float:
+        if response.logprobs is None:
+            raise DataError(f"{name_response(response)} has no log-probabilities")
+        return float(not is_bad(response.logprobs, response.text))
+
+
 class LengthReward(_Judge):
     """1.0 within the limits, both included; outside it falls in a line.
 
@@ -424,6 +439,7 @@ RewardConfig = Annotated[
     | SentenceStartReward
     | RepetitionReward
     | DistinctReward
+    | FluencyReward
     | LengthReward
     | EndedReward
     | ModelRewardConfig
@@ -609,12 +625,6 @@ def find_sentences(text: str) -> Iterator[tuple[int, int]]:
             start = None
     if start is not None:
         yield start, stop
-
-
-def find_ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
-    """The runs of `n` words, in lower case, one for each word from the n-th on."""
-    words = text.lower().split()
-    return zip(*(words[offset:] for offset in range(n)), strict=False)
 
 
 def _is_finite(value: Any) -> bool:
