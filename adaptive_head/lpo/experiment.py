@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -55,6 +56,11 @@ class PromptConfig(_Strict):
     @classmethod
     def _resolve(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         return value and (info.context or {}).get("folder", Path()) / value
+
+    @field_serializer("file", "test_file")
+    def _name_file(self, value: Path | None) -> str | None:
+        """Without its folder, which is another on every machine."""
+        return value and value.name
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -204,7 +210,10 @@ class Experiment(_Strict):
             seeds and streams of answers; any other experiment is exploratory.
         num_training_seeds: how often heads are trained, each time on rollouts of their own. The
             first one's heads are those that ship, whatever the others' are worth.
+        outside: tasks of kinds that no head is trained on. All heads and controls answer them, and
+            they have a table of their own.
         heads: by name; those of one level and one set of temperatures share rollouts.
+        ready_heads: folders of heads that are evaluated as they are, by name.
     """
 
     name: Name
@@ -215,9 +224,31 @@ class Experiment(_Strict):
     num_training_seeds: Annotated[int, Field(ge=1, le=100)] = 1
     engine: EngineConfig = EngineConfig()
     tasks: Annotated[dict[Name, TaskConfig], Field(min_length=1)]
+    outside: dict[Name, TaskConfig] = {}
     rollouts: RolloutConfig = RolloutConfig()
-    heads: Annotated[dict[Name, HeadRecipe], Field(min_length=1)]
+    heads: dict[Name, HeadRecipe] = {}
+    ready_heads: dict[Name, Path] = {}
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("ready_heads")
+    @classmethod
+    def _resolve(cls, value: dict[str, Path], info: ValidationInfo) -> dict[str, Path]:
+        folder = (info.context or {}).get("folder", Path())
+        return {name: folder / path for name, path in value.items()}
+
+    @field_serializer("ready_heads")
+    def _name_heads(self, value: dict[str, Path]) -> dict[str, str]:
+        return {name: path.name for name, path in value.items()}
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if not self.heads and not self.ready_heads:
+            raise ValueError("heads: give at least one, here or in ready_heads")
+        for name in self.heads.keys() & self.ready_heads.keys():
+            raise ValueError(f"ready_heads.{name}: heads has one of this name")
+        for name in self.tasks.keys() & self.outside.keys():
+            raise ValueError(f"outside.{name}: tasks has one of this name")
+        return self
 
     @model_validator(mode="after")
     def _check_tasks(self) -> Self:
@@ -237,6 +268,17 @@ class Experiment(_Strict):
                 raise ValueError(f"primary: {name} must be at least {MIN_REPLICATES}")
         return self
 
+    def look_outside(self) -> "Experiment | None":
+        """The experiment of the outside tasks, which all heads answer; None where there are none.
+
+        It has a name of its own, and so draws of its own.
+        """
+        if not self.outside:
+            return None
+        heads = {name: r.model_copy(update={"tasks": ()}) for name, r in self.heads.items()}
+        update = {"name": f"{self.name}.outside", "tasks": self.outside, "outside": {}}
+        return self.model_copy(update=update | {"heads": heads})
+
     def derive_seed(self, *parts: object) -> int:
         """A seed in [0, 2^31) that depends on the experiment's name and seed, and on `parts`."""
         return derive_seed(self.name, self.seed, *parts)
@@ -253,17 +295,8 @@ class Experiment(_Strict):
         """
         # Enough for pairs of several prompts, which training needs, whatever is sampled.
         num_train = max(3, 10 // len(self.tasks))
-        tasks = {
-            name: task.model_copy(
-                update={
-                    "prompts": task.prompts.model_copy(
-                        update={"num_train": num_train, "num_test": 2}
-                    ),
-                    "max_tokens": min(task.max_tokens, 40),
-                }
-            )
-            for name, task in self.tasks.items()
-        }
+        tasks = {name: _shrink_task(task, num_train) for name, task in self.tasks.items()}
+        outside = {name: _shrink_task(task, 1) for name, task in self.outside.items()}
         heads = {
             name: head.model_copy(update={"max_epochs": 2}) for name, head in self.heads.items()
         }
@@ -276,6 +309,7 @@ class Experiment(_Strict):
                 "primary": False,
                 "num_training_seeds": min(self.num_training_seeds, 2),
                 "tasks": tasks,
+                "outside": outside,
                 "heads": heads,
                 "rollouts": self.rollouts.model_copy(update={"num_responses": 6}),
                 "evaluation": self.evaluation.model_copy(
@@ -283,6 +317,11 @@ class Experiment(_Strict):
                 ),
             }
         )
+
+
+def _shrink_task(task: TaskConfig, num_train: int) -> TaskConfig:
+    prompts = task.prompts.model_copy(update={"num_train": num_train, "num_test": 2})
+    return task.model_copy(update={"prompts": prompts, "max_tokens": min(task.max_tokens, 40)})
 
 
 def read_experiment(path: Path) -> Experiment:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from adaptive_head.files import replace_file
 from adaptive_head.language_model import LanguageModel
 from adaptive_head.lpo.arms import name_replicate
 from adaptive_head.lpo.evaluate import evaluate
@@ -30,6 +31,10 @@ from adaptive_head.options import Level
 
 Stage = Literal["rollouts", "pairs", "train", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+EXPERIMENT_FILE = "experiment.json"
+PROMPTS_FOLDER = "prompts"
+EVALUATION_FOLDER = "evaluation"
+OUTSIDE_FOLDER = "outside"
 Group = tuple[Level, tuple[float, ...]]
 
 
@@ -38,11 +43,13 @@ class Run:
     """An experiment, its model, and the folder of its results; each stage skips what is there.
 
     ```
+    experiment.json
     prompts/     train.jsonl, test.jsonl
     rollouts/    for each level and set of temperatures: shards, and the features of their pairs
     heads/NAME/  pairs.jsonl with report and plot, training logs, head/
     seeds/N/     rollouts/ and heads/ of a further training seed, from 2
     evaluation/  answers, results.json, results.md, plots
+    outside/     experiment.json, prompts/ and evaluation/ of the outside tasks
     ```
 
     The heads of the first training seed are those that ship, whatever the others' are worth.
@@ -59,12 +66,9 @@ class Run:
             DataError: an input is wrong; names the file and line, or the setting.
         """
         last = STAGES.index(until)
-        for split, prompts in self.prompts.items():
-            for prompt in prompts:
-                for reward in self.rewards[prompt.task].values():
-                    reward.check_prompt(prompt)
-            (self.folder / "prompts").mkdir(parents=True, exist_ok=True)
-            write_records(self.folder / "prompts" / f"{split}.jsonl", prompts)
+        self.write_inputs()
+        if self.outside is not None:
+            self.outside.write_inputs()
         replicates = range(self.experiment.num_training_seeds)
         for replicate, (group, recipes) in product(replicates, self.groups.items()):
             responses = self.roll_out(group, replicate)
@@ -77,7 +81,26 @@ class Run:
             if last >= STAGES.index("train"):
                 self.train(group, recipes, responses, pairs, replicate)
         if last >= STAGES.index("evaluate"):
-            self.evaluate()
+            self.evaluate(self.heads)
+            if self.outside is not None:
+                self.outside.evaluate(self.heads)
+
+    def write_inputs(self) -> None:
+        """Check the prompts, and write them and the experiment down."""
+        (self.folder / PROMPTS_FOLDER).mkdir(parents=True, exist_ok=True)
+        for split, prompts in self.prompts.items():
+            for prompt in prompts:
+                for reward in self.rewards[prompt.task].values():
+                    reward.check_prompt(prompt)
+            write_records(self.folder / PROMPTS_FOLDER / f"{split}.jsonl", prompts)
+        content = self.experiment.model_dump_json(indent=2, exclude_defaults=True)
+        replace_file(self.folder / EXPERIMENT_FILE, content + "\n")
+
+    @cached_property
+    def outside(self) -> "Run | None":
+        """The evaluation on kinds that no head was trained on, if the experiment has such."""
+        experiment = self.experiment.look_outside()
+        return Run(experiment, self.model, self.folder / OUTSIDE_FOLDER) if experiment else None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -195,22 +218,28 @@ class Run:
                 unembedding=read_unembedding(self.model.folder) if needs_logits else None,
             )
 
-    def evaluate(self) -> None:
-        """All heads on the held-out prompts."""
+    def evaluate(self, heads: Mapping[str, Path]) -> None:
+        """Heads on the held-out prompts, by their folders."""
         evaluate(
             self.experiment,
             self.model.folder,
-            {
-                name_replicate(name, replicate): self.head_folder(name, replicate) / "head"
-                for name in self.experiment.heads
-                for replicate in range(self.experiment.num_training_seeds)
-            },
+            heads,
             self.prompts["train"],
             self.prompts["test"],
             partial(encode_prompt, self.tokenizer),
             self.rewards,
-            self.folder / "evaluation",
+            self.folder / EVALUATION_FOLDER,
         )
+
+    @property
+    def heads(self) -> dict[str, Path]:
+        """The folders of all heads, those of further training seeds among them."""
+        trained = {
+            name_replicate(name, replicate): self.head_folder(name, replicate) / "head"
+            for name in self.experiment.heads
+            for replicate in range(self.experiment.num_training_seeds)
+        }
+        return trained | self.experiment.ready_heads
 
     def seed_folder(self, replicate: int) -> Path:
         return self.folder if replicate == 0 else self.folder / "seeds" / str(replicate + 1)
