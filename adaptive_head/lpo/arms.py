@@ -224,6 +224,8 @@ def make_arm_key(
         own = [head.weights, head.metadata.temperatures, head.metadata.level]
         # Answers that were kept before heads had a `select` are those of the likeliest.
         own += [head.metadata.select] if head.metadata.select != "argmax" else []
+        abstain = head.metadata.abstain
+        own += [abstain.model_dump()] if abstain is not None else []
     dtype = choose_dtype(experiment.engine.dtype)
     engine = [experiment.model, models, dtype, experiment.engine.options]
     return digest([experiment.name, experiment.seed, engine, of_tasks, arm.describe(), own])

@@ -60,7 +60,7 @@ class PromptConfig(_Strict):
     @field_serializer("file", "test_file")
     def _name_file(self, value: Path | None) -> str | None:
         """Without its folder, which is another on every machine."""
-        return value and value.name
+        return None if value is None else value.name
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
