@@ -1,7 +1,11 @@
 """The answers of an evaluation on disk: a file an arm, written as they come."""
 
+import glob
+import gzip
 import json
+from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -73,16 +77,7 @@ class AnswerBook:
 
     def read(self, arm: str) -> dict[ResponseKey, Response]:
         """The answers so far; DataError as for `open`."""
-        path = self._get_path(arm)
-        answers: dict[ResponseKey, Response] = {}
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                where = f"{path}, line {number}"
-                response = parse_line(where, line.decode(errors="replace"), _RESPONSE)
-                if response.key in answers:
-                    raise DataError(f"{where}: {response.key} is there twice")
-                answers[response.key] = response
-        return answers
+        return read_answers(self._folder, arm)
 
     def add_seconds(self, seconds: float) -> None:
         """Count time spent on generating."""
@@ -105,6 +100,57 @@ class AnswerBook:
 
     def _write_about(self) -> None:
         replace_file(self._folder / KEY_FILE, json.dumps(self._about, indent=2) + "\n")
+
+
+def find_answers(folder: Path, prefix: str) -> list[str]:
+    """The names of the arms in a folder that begin so, in order."""
+    names = (path.name.partition(".jsonl")[0] for path in folder.glob(f"{glob.escape(prefix)}*"))
+    return sorted(names)
+
+
+def read_answers(folder: Path, arm: str) -> dict[ResponseKey, Response]:
+    """The answers of an arm, compressed (`.jsonl.gz`) or not.
+
+    Raises:
+        DataError: there are none, a line is not an answer, or answers what another did.
+    """
+    path = folder / f"{arm}.jsonl"
+    packed = path.with_name(f"{path.name}.gz")
+    try:
+        if packed.exists():
+            path, lines = packed, gzip.decompress(packed.read_bytes()).splitlines()
+        else:
+            lines = path.read_bytes().splitlines()
+    except (FileNotFoundError, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    answers: dict[ResponseKey, Response] = {}
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        response = parse_line(where, line.decode(errors="replace"), _RESPONSE)
+        if response.key in answers:
+            raise DataError(f"{where}: {response.key} is there twice")
+        answers[response.key] = response
+    return answers
+
+
+def pack_answers(source: Path, target: Path, arms: Iterable[str]) -> None:
+    """Write the answers of some arms to another folder, compressed.
+
+    Without the prompts' tokens, which the prompts tell, and log-probabilities to a ten-thousandth.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for arm in arms:
+        responses = [
+            replace(
+                response,
+                prompt_token_ids=(),
+                logprobs=response.logprobs and tuple(round(p, 4) for p in response.logprobs),
+            )
+            for response in read_answers(source, arm).values()
+        ]
+        content = "".join(map(to_line, sorted(responses, key=lambda response: response.key)))
+        # Without a time in it, so that equal answers make equal files.
+        (target / f"{arm}.jsonl.gz").write_bytes(gzip.compress(content.encode(), mtime=0))
 
 
 def _read_key_file(path: Path) -> dict[str, Any]:
