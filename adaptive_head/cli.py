@@ -245,6 +245,33 @@ def run(
 
 
 @app.command()
+def gate(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    mark: Annotated[
+        list[Path],
+        typer.Option(help="Head of the run whose head.json gets the verdict; repeatable."),
+    ] = [],  # noqa: B006
+    pack: Annotated[
+        Path | None,
+        typer.Option(help="Copy what the verdict rests on, compressed, to this folder."),
+    ] = None,
+) -> None:
+    """Judge by a run's answers whether its heads are fit to be a default."""
+    with explain_errors(), calm_libraries():
+        from adaptive_head.lpo.gate import judge_run, mark_head, pack_run
+        from adaptive_head.lpo.verdicts import make_verdict_table, write_sentence
+
+        if pack is not None:
+            pack_run(folder, pack)
+        verdicts = judge_run(folder)
+        for head in mark:
+            mark_head(head, folder, verdicts)
+    Console().print(make_verdict_table(verdicts))
+    for verdict in verdicts:
+        typer.echo(write_sentence(verdict))
+
+
+@app.command()
 def inspect(
     prompt: Annotated[str, typer.Argument(help="What the user says.")],
     head: Annotated[Path, typer.Option(help="Folder of the head.")] = SHIPPED_HEADS["token"],

@@ -41,6 +41,7 @@ _MAX_PACKAGES = 64
 _MAX_VALUES = MAX_PROBE_PROMPTS * (MAX_PROBE_TOKENS + 2) + 1024
 _MAX_MESSAGE_LENGTH = 1000
 
+GateOutcome = Literal["passed", "failed"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 _SHARES = TypeAdapter(dict[str, Share])
@@ -148,6 +149,7 @@ class HeadMetadata(_Described):
         select: what a request gets that does not say it.
         abstain: None where the head always chooses.
         training: how it was trained; any JSON object.
+        gate: what `adaptive-head gate` found; None where nobody asked it.
     """
 
     format_version: Literal[2] = FORMAT_VERSION
@@ -162,6 +164,7 @@ class HeadMetadata(_Described):
     probe: FeatureProbe | None = None
     trained: bool
     training: dict[str, Any] | None = None
+    gate: GateOutcome | None = None
     created: Name
     git_sha: Name | None = None
     packages: Annotated[dict[Name, Name], Field(max_length=_MAX_PACKAGES)]
@@ -312,7 +315,8 @@ def _count_values(value: Any) -> int:
 
 def _convert_format_1(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Format 1 as format 2: `temperatures` are the choices, and `argmax` was the default."""
-    known = HeadMetadata.model_fields.keys() - {"kind", "choices", "select", "abstain", "probe"}
+    new = {"kind", "choices", "select", "abstain", "probe", "gate"}
+    known = HeadMetadata.model_fields.keys() - new
     if unknown := sorted(content.keys() - known - {"temperatures"}):
         raise HeadError(f"{path}: {unknown[0]}: Extra inputs are not permitted")
     converted = {name: value for name, value in content.items() if name != "temperatures"}

@@ -159,9 +159,17 @@ def read_heads(experiment: Experiment, heads: Mapping[str, Path]) -> dict[str, H
         tasks = tuple(task for task in experiment.tasks if not trained or task in trained)
         if not tasks:
             raise DataError(f"head {name} belongs to no task of the experiment")
-        weights = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()[:16]
+        weights = identify_head(folder)["weights"]
         found[name] = HeadUnderTest(name, folder, read_metadata(folder), weights, tasks)
     return found
+
+
+def identify_head(folder: Path) -> dict[str, Any]:
+    """What a head's answers depend on: a digest of its weights, and its settings, as JSON."""
+    metadata = read_metadata(folder)
+    settings = metadata.model_dump(mode="json", include={"choices", "level", "select", "abstain"})
+    weights = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()[:16]
+    return {"weights": weights, **settings}
 
 
 def fix_temperature(temperature: float) -> Setting:

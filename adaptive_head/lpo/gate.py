@@ -6,6 +6,7 @@ constants. A verdict is computed from the answers anew, without a model and in s
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,12 +16,14 @@ from typing import Any, Final
 import numpy as np
 from pydantic import ValidationError
 
-from adaptive_head.lpo.answers import find_answers, read_answers
-from adaptive_head.lpo.arms import Arm, Setting, format_temperature, get_base
+from adaptive_head.checkpoint import read_metadata, write_metadata
+from adaptive_head.lpo.answers import find_answers, pack_answers, read_answers
+from adaptive_head.lpo.arms import Arm, Setting, format_temperature, get_base, identify_head
 from adaptive_head.lpo.comparison import Comparison, Opponent
 from adaptive_head.lpo.experiment import Experiment
 from adaptive_head.lpo.fluency import is_garbled, is_looping
 from adaptive_head.lpo.records import DataError, Prompt, Response, read_records
+from adaptive_head.lpo.report import RESULTS_FILE, TABLES_FILE
 from adaptive_head.lpo.run import (
     EVALUATION_FOLDER,
     EXPERIMENT_FILE,
@@ -30,6 +33,7 @@ from adaptive_head.lpo.run import (
 from adaptive_head.lpo.statistics import Interval
 from adaptive_head.lpo.summaries import ArmSummary, summarise_arm
 from adaptive_head.lpo.tuning import BestFixed, choose_best_fixed
+from adaptive_head.metadata import GateOutcome
 
 # Of the share of bad answers, the head's minus the constant's: the mean and its interval's end.
 MAX_DIFFERENCE: Final = 0.02
@@ -82,7 +86,7 @@ class Verdict:
             found.append(f"its interval reaches above {MAX_UPPER_END:g}")
         if self.win_rate.high is None:
             found.append("too few groups of its own prompts for an interval")
-        elif self.win_rate.high < EVEN:
+        elif self.win_rate.excludes(EVEN) and self.win_rate.mean < EVEN:
             found.append("loses to the best constant on its own tasks")
         return found
 
@@ -242,15 +246,52 @@ class _Evaluation:
         )
 
 
-def describe_heads(run: Path) -> dict[str, Any]:
-    """What the run's results say of its heads: `weights`, `select` and `abstain`, by name.
+def mark_head(folder: Path, run: Path, verdicts: Sequence[Verdict]) -> Verdict:
+    """Write a verdict to the head.json of the head that was judged; its name is the folder's.
 
     Raises:
-        DataError: there are no results.
+        DataError: the run has no head of that name, or another one.
+        HeadError: the folder is not a head.
     """
-    path = run / EVALUATION_FOLDER / "results.json"
+    name = folder.resolve().name
+    found = next((verdict for verdict in verdicts if verdict.head == name), None)
+    if found is None:
+        raise DataError(f"{run}: has no head {name!r}, only {', '.join(v.head for v in verdicts)}")
+    path = run / EVALUATION_FOLDER / RESULTS_FILE
     try:
-        heads: dict[str, Any] = json.loads(path.read_bytes())["heads"]
+        judged = json.loads(path.read_bytes())["heads"][name]["identity"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{path} is missing or damaged; the run is not finished") from None
-    return heads
+        raise DataError(f"{path}: missing or damaged; the run is not finished") from None
+    if identify_head(folder) != judged:
+        raise DataError(f"{folder}: not the head that {run} judged, or its settings have changed")
+    outcome: GateOutcome = "passed" if found.passes else "failed"
+    write_metadata(folder, read_metadata(folder).model_copy(update={"gate": outcome}))
+    return found
+
+
+def pack_run(run: Path, target: Path) -> None:
+    """Copy what a verdict rests on, and the tables of the run, with compressed answers.
+
+    Raises:
+        DataError: the run is not finished.
+    """
+    for folder in (Path(), Path(OUTSIDE_FOLDER)):
+        source, copy = run / folder, target / folder
+        answers = Path(EVALUATION_FOLDER) / ANSWERS_FOLDER
+        arms = [
+            name
+            for prefix in (_HEAD, _FIXED, _TRAIN)
+            for name in find_answers(source / answers, prefix)
+        ]
+        pack_answers(source / answers, copy / answers, arms)
+        (copy / PROMPTS_FOLDER).mkdir(exist_ok=True)
+        files = [
+            Path(EXPERIMENT_FILE),
+            *(Path(PROMPTS_FOLDER) / f"{s}.jsonl" for s in ("train", "test")),
+        ]
+        files += [Path(EVALUATION_FOLDER) / name for name in (RESULTS_FILE, TABLES_FILE)]
+        for file in files:
+            try:
+                shutil.copyfile(source / file, copy / file)
+            except FileNotFoundError:
+                raise DataError(f"{source / file} is missing; the run is not finished") from None
