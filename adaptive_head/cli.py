@@ -248,9 +248,9 @@ def run(
 def gate(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     mark: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(help="Head of the run whose head.json gets the verdict; repeatable."),
-    ] = [],  # noqa: B006
+    ] = None,
     pack: Annotated[
         Path | None,
         typer.Option(help="Copy what the verdict rests on, compressed, to this folder."),
@@ -264,7 +264,7 @@ def gate(
         if pack is not None:
             pack_run(folder, pack)
         verdicts = judge_run(folder)
-        for head in mark:
+        for head in mark or ():
             mark_head(head, folder, verdicts)
     Console().print(make_verdict_table(verdicts))
     for verdict in verdicts:
