@@ -18,9 +18,12 @@ class Strict(BaseModel):
 
 
 class EntropyParameters(Strict):
-    """T = t0 * 0.8^(theta / H) with H in nats (EDT, arXiv 2403.14541)."""
+    """T = t0 * 0.8^(theta / H) with H in nats (EDT, arXiv 2403.14541).
 
-    t0: Temperature = 1.0
+    The defaults suit SmolLM2-135M-Instruct; see docs/results.md.
+    """
+
+    t0: Temperature = 0.7
     theta: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] = 1.0
 
 

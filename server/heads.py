@@ -49,6 +49,12 @@ class Canary:
     percent: float
 
 
+def choose_default(heads: Mapping[str, HeadMetadata]) -> str | None:
+    """The first head that has not failed the gate, or the first where all have; None of none."""
+    fit = (name for name, metadata in heads.items() if metadata.gate != "failed")
+    return next(fit, None) or next(iter(heads), None)
+
+
 class HeadRegistry:
     """The heads by name. Each change is one assignment: a request sees all of it or none.
 

@@ -15,6 +15,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.logger import init_logger
 
 from adaptive_head.checkpoint import read_metadata
+from adaptive_head.metadata import HeadMetadata
 from adaptive_head.operator_policy import check_marker
 from adaptive_head.options import AdaptiveRequest
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
@@ -30,7 +31,7 @@ from server.handlers import (
 )
 from server.head_control import HeadControl
 from server.head_routes import make_head_router
-from server.heads import HeadRegistry
+from server.heads import HeadRegistry, choose_default
 from server.limits.connections import bounded_connections
 from server.limits.door import Door
 from server.limits.grammars import check_grammars_in_threads
@@ -104,7 +105,7 @@ class AdaptiveEndpoints:
         settings = read_settings(config.additional_config)
         # The engine is up, so its worker has compared their weights and fingerprints.
         metadata = {name: read_metadata(folder) for name, folder in settings.heads.items()}
-        heads = HeadRegistry(metadata, settings.resolved_default_head)
+        heads = HeadRegistry(metadata, settings.default_head or choose_default(metadata))
         await asyncio.gather(*(check_features(engine_client, head) for head in heads))
         served_names = tuple(path.name for path in state.openai_serving_models.base_model_paths)
         tokenizer = getattr(engine_client.renderer, "tokenizer", None)
@@ -214,6 +215,13 @@ def extend_lifespan(
     return extended
 
 
+def describe_evidence(metadata: HeadMetadata) -> str:
+    """Whether a head is trained, and what the gate said of it, in a few words."""
+    if not metadata.trained:
+        return "UNTRAINED: near-uniform, shows the path only"
+    return f"trained, gate: {metadata.gate or 'not asked'}"
+
+
 def announce(state: AdaptiveState, args: Namespace) -> None:
     """Say in a few lines what is served, where, with which heads."""
     name = state.served_names[0]
@@ -227,10 +235,9 @@ def announce(state: AdaptiveState, args: Namespace) -> None:
     ]
     for head in state.heads:
         is_default = ", default" if head.name == state.heads.default else ""
-        is_trained = head.metadata.trained
-        trained = "trained" if is_trained else "UNTRAINED: near-uniform, shows the path only"
         temperatures = " ".join(f"{value:g}" for value in head.metadata.temperatures)
-        lines.append(f"  head    {head.name} ({head.level}{is_default}) [{temperatures}] {trained}")
+        notes = describe_evidence(head.metadata)
+        lines.append(f"  head    {head.name} ({head.level}{is_default}) [{temperatures}] {notes}")
     if not state.heads:
         lines.append("  heads   none; the learning-free policies work without")
     if state.policy != AdaptiveRequest():

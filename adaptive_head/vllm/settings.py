@@ -31,7 +31,8 @@ class AdaptiveSettings(BaseModel):
 
     Attributes:
         heads: folders of the heads, by the name under which requests pick them.
-        default_head: the head of requests that name none; the first if null.
+        default_head: the head of requests that name none; if null the first that has not failed the
+            gate.
         adaptive_by_default: whether requests that name no temperature are adaptive. Not beam
             search, nor LoRA adapters where the server's policy is a head.
         verify_base: whether a head must have been made for exactly the served weights. Off for
@@ -58,10 +59,6 @@ class AdaptiveSettings(BaseModel):
     adaptive_policy: Annotated[AdaptiveRequest | None, BeforeValidator(_read_policy)] = None
     adaptive_max: Temperature | None = None
     limits: Limits = Limits()
-
-    @property
-    def resolved_default_head(self) -> str | None:
-        return self.default_head or next(iter(self.heads), None)
 
     def check(self) -> None:
         """Raise ValueError where entries contradict each other, or a head's name is taken."""

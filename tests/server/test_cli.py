@@ -13,7 +13,7 @@ import yaml
 from vllm.platforms import current_platform
 
 from adaptive_head import AdaptiveHead, HeadConfig, load_head, save_head
-from adaptive_head.checkpoint import BaseModelIdentity
+from adaptive_head.checkpoint import BaseModelIdentity, read_metadata
 from adaptive_head.dtype import choose_dtype
 from adaptive_head.embedded_model import prepare
 from adaptive_head.fingerprint import fingerprint_model
@@ -22,6 +22,7 @@ from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.limits import DEFAULT_MAX_QUEUED, Limits
 from adaptive_head.vllm.settings import read_settings
 from server import cli, shutdown
+from server.heads import choose_default
 from tests.engine.tiny_model import HIDDEN_SIZE, make_tiny_model
 from tests.processors import PROCESSORS, WITHOUT_BFLOAT16, run_on
 from tests.programs import HANG_S
@@ -110,7 +111,7 @@ def test_a_head_is_named_after_its_folder_or_as_asked(serve, model, heads):
     options = (f"--head={heads / 'a'}", "--head", f"careful={heads / 'b'}/")
     settings = settings_of(serve(model, *options))
     assert settings.heads == {"a": heads / "a", "careful": heads / "b"}
-    assert settings.resolved_default_head == "a"
+    assert settings.default_head is None
 
 
 def test_heads_may_be_relative_to_the_folder_or_the_home(serve, model, heads, monkeypatch):
@@ -148,7 +149,7 @@ def test_a_head_for_a_model_of_the_hub_is_left_to_the_engine(serve, heads):
 
 def test_the_default_head_is_one_of_the_heads(refusal, serve, model, heads):
     options = (model, "--head", heads / "a", "--head", heads / "b", "--default-head")
-    assert settings_of(serve(*options, "b")).resolved_default_head == "b"
+    assert settings_of(serve(*options, "b")).default_head == "b"
     assert "(a, b)" in refusal(*options, "c")
     assert "(none)" in refusal(model, "--default-head", "c")
 
@@ -383,7 +384,7 @@ def test_without_a_model_the_embedded_one_is_served_with_its_head(serve, embedde
     args = serve("--port", 8123)
     assert (args.model_tag, args.served_model_name) == (str(model), [cli.EMBEDDED_NAME])
     assert settings_of(args).heads == {"a": heads / "a", "b": heads / "b"}
-    assert settings_of(args).resolved_default_head == "a"
+    assert settings_of(args).default_head is None
 
 
 def test_the_embedded_model_may_have_another_name_and_head(serve, embedded, heads):
@@ -412,6 +413,12 @@ def test_the_heads_that_ship_are_trained_small_and_for_the_embedded_model():
         assert metadata.level == level
         assert sum(path.stat().st_size for path in folder.iterdir()) <= 2_000_000
         assert metadata.training["provenance"]["experiment"]["name"] == "mix"
+
+
+def test_the_default_that_ships_has_passed_the_gate():
+    heads = {name: read_metadata(folder) for name, folder in SHIPPED_HEADS.items()}
+    assert heads[choose_default(heads)].gate == "passed"
+    assert all(head.gate for head in heads.values())
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="defaults for CPUs")

@@ -4,7 +4,7 @@ import pytest
 
 from adaptive_head.abstention import Abstention
 from adaptive_head.options import parse_request, resolve_options
-from server.heads import Canary, HeadRegistry, ServedHead
+from server.heads import Canary, HeadRegistry, ServedHead, choose_default
 from tests.server.fakes import describe_head
 
 TOKEN, SEQUENCE = describe_head(), describe_head("sequence")
@@ -30,6 +30,16 @@ def test_a_request_gets_the_head_that_it_asks_for():
         options, head = choose(registry, **asked)
         assert (options.name, head.name, options.generation) == (name, name, 0)
     assert choose(registry, policy="entropy")[1] is None
+
+
+def test_the_default_is_the_first_head_that_has_not_failed_the_gate():
+    passed, failed = (
+        TOKEN.model_copy(update={"gate": outcome}) for outcome in ("passed", "failed")
+    )
+    assert choose_default({"a": failed, "b": TOKEN, "c": passed}) == "b"
+    assert choose_default({"a": passed, "b": TOKEN}) == "a"
+    assert choose_default({"a": failed, "b": failed}) == "a"
+    assert choose_default({}) is None
 
 
 def test_a_head_that_comes_later_has_a_generation_of_its_own():

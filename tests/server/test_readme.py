@@ -79,7 +79,7 @@ def test_a_head_for_ones_own_model(model, tmp_path):
     assert NAME.lower() in run(f"PATH={BIN}:$PATH; {init}; {show}", cwd=tmp_path).lower()
     arguments = serve.replace("heads/mine", str(tmp_path / "heads" / "mine"))
     args = prepare_args(*make_parser().parse_known_args(shlex.split(arguments)[1:]))
-    assert read_settings(args.additional_config).resolved_default_head == "mine"
+    assert list(read_settings(args.additional_config).heads) == ["mine"]
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/training.md", "docs/results.md"])
