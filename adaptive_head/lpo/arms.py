@@ -11,26 +11,12 @@ import numpy as np
 from adaptive_head.checkpoint import WEIGHTS_FILE, HeadMetadata, read_metadata
 from adaptive_head.dtype import choose_dtype
 from adaptive_head.lpo.engine import NO_FILTERS, Filters
-from adaptive_head.lpo.experiment import Experiment, digest
+from adaptive_head.lpo.experiment import Control, Experiment, digest
 from adaptive_head.lpo.records import DataError, Prompt, Response
 from adaptive_head.options import AdaptiveRequest
 from adaptive_head.parameters import ConstantParameters
 
-ArmKind = Literal[
-    "fixed",
-    "train",
-    "head",
-    "self",
-    "meanshift",
-    "equal_surprisal",
-    "shuffled",
-    "dealt",
-    "entropy",
-    "min_p",
-    "top_p",
-    "card",
-    "head_min_p",
-]
+ArmKind = Literal["fixed", "train", "head"] | Control
 Family = Literal["fixed", "entropy", "min_p", "top_p", "head_min_p"]
 ResponseKey = tuple[str, int]
 

@@ -46,6 +46,8 @@ def plan_arms(experiment: Experiment, heads: Mapping[str, HeadUnderTest]) -> lis
         )
         for temperature in list_temperatures(experiment, heads)
     ]
+    kinds: list[ArmKind] = ["head"]
+    kinds += ["self"] if "self" in experiment.evaluation.controls else []
     of_heads = [
         Arm(
             f"{kind}-{name}",
@@ -55,7 +57,7 @@ def plan_arms(experiment: Experiment, heads: Mapping[str, HeadUnderTest]) -> lis
             name,
         )
         for name, head in heads.items()
-        for kind in ("head", "self")
+        for kind in kinds
     ]
     return [*fixed, *plan_tuning(experiment, heads), *of_heads]
 
@@ -91,14 +93,14 @@ def plan_tuning(experiment: Experiment, heads: Mapping[str, HeadUnderTest]) -> l
     num_settings = len(temperatures)
     num_samples = count_tuning_samples(experiment, num_settings)
     arms = []
-    for family in ("fixed", "entropy", "min_p", "top_p"):
+    for family in ("fixed", *list_families(experiment)):
         for number, (setting, label) in enumerate(list_settings(family, temperatures)):
             settings = dict.fromkeys(experiment.tasks, setting)
             temperature = temperatures[number] if family == "fixed" else None
             name = f"train-{family}-{label}"
             arms.append(Arm(name, "train", settings, num_samples, None, family, temperature, label))
     for name, head in heads.items():
-        if name == head.base:
+        if name == head.base and "head_min_p" in experiment.evaluation.controls:
             for setting, label in list_settings("head_min_p", temperatures, name):
                 settings = dict.fromkeys(head.tasks, setting)
                 arm_name = f"train-head_min_p-{label}-{name}"
@@ -106,6 +108,12 @@ def plan_tuning(experiment: Experiment, heads: Mapping[str, HeadUnderTest]) -> l
                     Arm(arm_name, "train", settings, num_samples, name, "head_min_p", None, label)
                 )
     return arms
+
+
+def list_families(experiment: Experiment) -> list[Family]:
+    """The tuned controls that all heads share, beside the fixed temperatures."""
+    families: tuple[Family, ...] = ("entropy", "min_p", "top_p")
+    return [family for family in families if family in experiment.evaluation.controls]
 
 
 def plan_controls(
@@ -160,6 +168,7 @@ def plan_controls(
     return [
         Arm(f"{kind}-{head.name}", kind, settings, num_samples, head.name)
         for kind, settings in kinds.items()
+        if kind in experiment.evaluation.controls
     ]
 
 
@@ -243,14 +252,17 @@ def plan_tuned(
     """
     num_samples = count_samples(experiment)
     temperatures = list_temperatures(experiment, heads)
-    card = dict.fromkeys(experiment.tasks, read_card(model))
-    arms = [Arm("card", "card", card, num_samples)]
-    for family in ("entropy", "min_p", "top_p"):
+    arms = []
+    if "card" in experiment.evaluation.controls:
+        card = dict.fromkeys(experiment.tasks, read_card(model))
+        arms.append(Arm("card", "card", card, num_samples))
+    for family in list_families(experiment):
         settings, label = _choose(
             family, temperatures, experiment.tasks, chosen.get(family, {}).get("", {})
         )
         arms.append(Arm(family, family, settings, num_samples, label=label))
-    for name, head in heads.items():
+    tuned_heads = heads if "head_min_p" in experiment.evaluation.controls else {}
+    for name, head in tuned_heads.items():
         settings, label = _choose(
             "head_min_p",
             temperatures,

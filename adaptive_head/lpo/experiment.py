@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -28,6 +28,18 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 # Training seeds and streams of answers that a primary experiment has.
 MIN_REPLICATES = 3
+Control = Literal[
+    "self",
+    "meanshift",
+    "equal_surprisal",
+    "shuffled",
+    "dealt",
+    "entropy",
+    "min_p",
+    "top_p",
+    "card",
+    "head_min_p",
+]
 LossName = Literal["eq10", "centred", "eq11", "eq9", "nll", "cross_entropy"]
 
 
@@ -190,6 +202,7 @@ class EvaluationConfig(_Strict):
         num_train_prompts: a task's training prompts on which controls are tuned; None is all, as
             the heads have, 0 leaves the best fixed temperatures out and the rest untuned.
         majority: compare answers by majority vote over `num_responses` (maj@N), too.
+        controls: what heads are compared with, beside the fixed temperatures.
     """
 
     num_responses: Count = 1
@@ -197,6 +210,7 @@ class EvaluationConfig(_Strict):
     num_train_prompts: Annotated[int, Field(ge=0)] | None = None
     fixed: tuple[Temperature, ...] = ()
     majority: bool = False
+    controls: tuple[Control, ...] = get_args(Control)
     num_bootstrap: Count = 20_000
 
 
