@@ -248,7 +248,7 @@ def test_upgrade_rewrites_format_1_and_says_so(tmp_path, model):
     path = folder / "head.json"
     content = json.loads(path.read_text()) | {"format_version": 1}
     content["temperatures"] = content.pop("choices")
-    for field in ("kind", "select", "abstain", "probe"):
+    for field in ("kind", "select", "abstain", "probe", "gate"):
         del content[field]
     path.write_text(json.dumps(content))
     result = run("upgrade", folder, "--output", tmp_path / "new")

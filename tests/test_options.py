@@ -192,7 +192,7 @@ def test_everything_that_a_request_says_is_kept():
 @pytest.mark.parametrize(
     ("value", "parameters"),
     [
-        ({"policy": "entropy"}, (1.0, 1.0)),
+        ({"policy": "entropy"}, (0.7, 1.0)),
         ({"policy": "entropy", "entropy": {"t0": 0.4, "theta": 3}}, (0.4, 3.0)),
         ({"policy": "schedule"}, (1.0, 0.3, 256.0)),
         ({"policy": "schedule", "schedule": {"start": 0.2, "end": 2, "tokens": 9}}, (0.2, 2.0, 9)),

@@ -103,6 +103,7 @@ def test_an_upgrade_leaves_the_weights_and_all_that_was_known(old_folder):
         "select": "argmax",
         "abstain": None,
         "probe": None,
+        "gate": None,
     }
     assert (old_folder / "head.safetensors").read_bytes() == weights
     assert load_head(old_folder).metadata == before.metadata

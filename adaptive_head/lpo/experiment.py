@@ -69,7 +69,7 @@ class PromptConfig(_Strict):
     def _resolve(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         return value and (info.context or {}).get("folder", Path()) / value
 
-    @field_serializer("file", "test_file")
+    @field_serializer("file", "test_file", when_used="json")
     def _name_file(self, value: Path | None) -> str | None:
         """Without its folder, which is another on every machine."""
         return None if value is None else value.name
@@ -250,7 +250,7 @@ class Experiment(_Strict):
         folder = (info.context or {}).get("folder", Path())
         return {name: folder / path for name, path in value.items()}
 
-    @field_serializer("ready_heads")
+    @field_serializer("ready_heads", when_used="json")
     def _name_heads(self, value: dict[str, Path]) -> dict[str, str]:
         return {name: path.name for name, path in value.items()}
 
