@@ -20,7 +20,7 @@ from benchmarks.bench_engine import (
 
 
 def head_options(level="token", name="a"):
-    metadata = {name: SimpleNamespace(level=level, select="argmax")}
+    metadata = {name: SimpleNamespace(level=level, select="argmax", abstain=None)}
     return resolve_options(AdaptiveRequest(head=name), metadata, name)
 
 

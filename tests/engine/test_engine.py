@@ -24,7 +24,7 @@ WORDS_MARKER, WORDS_START = [81, 82, 82], [82, 81, 81]
 
 
 HEADS = {
-    name: SimpleNamespace(level=level, select="argmax")
+    name: SimpleNamespace(level=level, select="argmax", abstain=None)
     for name, level in (("tok", "token"), ("seq", "sequence"))
 }
 

@@ -78,7 +78,7 @@ def verify(
     selector = DeviceSelector({"h": make_head(temperatures, picks)}, num_requests, rows)
     stage = processor_v2.AdaptiveTemperature(states, sampler.sampling_states.seeds, selector)
     sampler.logits_processors.append(stage)
-    head = SimpleNamespace(level="token", select="argmax")
+    head = SimpleNamespace(level="token", select="argmax", abstain=None)
     options = resolve_options(AdaptiveRequest(), {"h": head}, "h")
     for request in range(num_requests):
         states.add_request(str(request), PROMPT_LEN, [0] * PROMPT_LEN, PROMPT_LEN, 8)

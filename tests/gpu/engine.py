@@ -100,7 +100,10 @@ def make_adaptive(
     if fields.get("policy") == "two_phase":
         # Not by a bias of the logits, which vLLM does not have alongside drafts.
         params["allowed_token_ids"] = list(WORDS)
-    heads = {name: SimpleNamespace(level=level, select="argmax") for name, level in LEVELS.items()}
+    heads = {
+        name: SimpleNamespace(level=level, select="argmax", abstain=None)
+        for name, level in LEVELS.items()
+    }
     options = resolve_options(AdaptiveRequest(**fields), heads, "tok", _tokenize)
     options = replace(options, generation=generation)
     params["extra_args"] = options.to_extra_args()

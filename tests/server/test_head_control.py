@@ -14,6 +14,7 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from adaptive_head import AdaptiveHead, HeadConfig, TemperatureSelector, load_head, save_head
 from adaptive_head.checkpoint import BaseModelIdentity, HeadError
 from adaptive_head.options import parse_request, resolve_options
+from adaptive_head.slots import PolicyIndex
 from adaptive_head.vllm.heads import HeadLoader
 from adaptive_head.vllm.worker import AdaptiveWorker
 from server.head_control import HeadControl
@@ -193,7 +194,9 @@ async def test_a_head_is_loaded_by_every_worker_and_then_served(setup, save):
     assert (shown["id"], shown["generation"], shown["level"]) == ("c", 1, "sequence")
     assert not shown["default"] and shown["canary"] is None
     assert server.engines.loaded == [{("a", 0), ("b", 0), ("c", 1)}] * 4
-    assert server.engines.num_policies == [4 + 3] * 4, "a worker that has it loads it once more"
+    assert server.engines.num_policies == [PolicyIndex.FIRST_HEAD + 3] * 4, (
+        "a worker that has it loads it once more"
+    )
     assert choose(server.registry, head="c")[0].generation == 1
     assert sample(server.metrics, "adaptive_head_info", head="c", level="sequence") == 1
     changes = "adaptive_head_changes_total"
