@@ -192,16 +192,16 @@ def write_verdict(
     else:
         decisive, scope = average, f"On average over {len(rows)} tasks"
     by_kind = {row["kind"]: row for row in decisive if row["votes"] == 1}
-    noise = by_kind["self"]
-    if noise["verdict"] == TOO_FEW:
+    noise = by_kind.get("self")
+    if any(row.get("verdict") == TOO_FEW for row in by_kind.values()):
         return f"{scope}, head {head} {TOO_FEW} anything: every task needs {MIN_GROUPS}."
     judged = [(by_kind[kind], name) for kind, name in _JUDGES.items() if kind in by_kind]
-    is_noisy = noise["verdict"] != UNDECIDED
-    warning = ", by chance alone: wins of this size mean nothing" if is_noisy else ""
-    sentences = [
-        f"{scope}, head {head} {_say(judged)}.",
-        f"Against itself with other seeds it wins {_show_win_rate(noise)}{warning}.",
-    ]
+    sentences = [f"{scope}, head {head} {_say(judged)}."]
+    if noise is not None:
+        is_noisy = noise["verdict"] != UNDECIDED
+        warning = ", by chance alone: wins of this size mean nothing" if is_noisy else ""
+        won = f"{_show_win_rate(noise)}{warning}"
+        sentences.append(f"Against itself with other seeds it wins {won}.")
     for task, of_task in rows.items():
         # What a single task has to say of single answers is the first sentence.
         for votes in sorted(
