@@ -3,6 +3,7 @@
 import glob
 import gzip
 import json
+import zlib
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -77,7 +78,8 @@ class AnswerBook:
 
     def read(self, arm: str) -> dict[ResponseKey, Response]:
         """The answers so far; DataError as for `open`."""
-        return read_answers(self._folder, arm)
+        path = self._get_path(arm)
+        return _parse_answers(path, path.read_bytes())
 
     def add_seconds(self, seconds: float) -> None:
         """Count time spent on generating."""
@@ -104,8 +106,8 @@ class AnswerBook:
 
 def find_answers(folder: Path, prefix: str) -> list[str]:
     """The names of the arms in a folder that begin so, in order."""
-    names = (path.name.partition(".jsonl")[0] for path in folder.glob(f"{glob.escape(prefix)}*"))
-    return sorted(names)
+    files = folder.glob(f"{glob.escape(prefix)}*.jsonl*")
+    return sorted({path.name.removesuffix(".gz").removesuffix(".jsonl") for path in files})
 
 
 def read_answers(folder: Path, arm: str) -> dict[ResponseKey, Response]:
@@ -117,14 +119,16 @@ def read_answers(folder: Path, arm: str) -> dict[ResponseKey, Response]:
     path = folder / f"{arm}.jsonl"
     packed = path.with_name(f"{path.name}.gz")
     try:
-        if packed.exists():
-            path, lines = packed, gzip.decompress(packed.read_bytes()).splitlines()
-        else:
-            lines = path.read_bytes().splitlines()
-    except (FileNotFoundError, EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+        if path.exists():
+            return _parse_answers(path, path.read_bytes())
+        return _parse_answers(packed, gzip.decompress(packed.read_bytes()))
+    except (FileNotFoundError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{packed} cannot be read: {error}") from None
+
+
+def _parse_answers(path: Path, content: bytes) -> dict[ResponseKey, Response]:
     answers: dict[ResponseKey, Response] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content.splitlines(), start=1):
         where = f"{path}, line {number}"
         response = parse_line(where, line.decode(errors="replace"), _RESPONSE)
         if response.key in answers:
@@ -136,7 +140,7 @@ def read_answers(folder: Path, arm: str) -> dict[ResponseKey, Response]:
 def pack_answers(source: Path, target: Path, arms: Iterable[str]) -> None:
     """Write the answers of some arms to another folder, compressed.
 
-    Without the prompts' tokens, which the prompts tell, and log-probabilities to a ten-thousandth.
+    Without the prompts' tokens, and with log-probabilities rounded to a ten-thousandth.
     """
     target.mkdir(parents=True, exist_ok=True)
     for arm in arms:

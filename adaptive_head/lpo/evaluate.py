@@ -23,7 +23,7 @@ from adaptive_head.lpo.experiment import EngineConfig, Experiment
 from adaptive_head.lpo.plots import draw_plots
 from adaptive_head.lpo.progress import TokenProgress
 from adaptive_head.lpo.records import Prompt, Response
-from adaptive_head.lpo.report import build_results, write_report
+from adaptive_head.lpo.report import RESULTS_FILE, build_results, write_report
 from adaptive_head.lpo.rewards import score_responses
 from adaptive_head.lpo.summaries import Rewards, summarise_arm
 from adaptive_head.lpo.token_ranges import Decode
@@ -79,6 +79,8 @@ def evaluate(
     if decode is None and has_spans:
         decode = partial(AutoTokenizer.from_pretrained(model).decode, skip_special_tokens=True)
     with AnswerBook(folder / "answers") as book:
+        # Results speak of these answers only: there are none until all are there.
+        (folder / RESULTS_FILE).unlink(missing_ok=True)
         examiner = Examiner(experiment, model, tested, questions, rewards, book, open_engine)
         arms = plan_arms(experiment, tested)
         examiner.examine(arms, heads)

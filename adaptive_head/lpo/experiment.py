@@ -277,6 +277,8 @@ class Experiment(_Strict):
             "num_training_seeds": self.num_training_seeds,
             "evaluation.num_streams": self.evaluation.num_streams,
         }
+        if self.primary and self.ready_heads:
+            raise ValueError("primary: ready_heads have one training only")
         for name, count in counts.items():
             if self.primary and count < MIN_REPLICATES:
                 raise ValueError(f"primary: {name} must be at least {MIN_REPLICATES}")

@@ -97,6 +97,7 @@ def build_results(
         "num_training_seeds": experiment.num_training_seeds,
         "num_streams": experiment.evaluation.num_streams,
         "num_responses": experiment.evaluation.num_responses,
+        "num_tuning_responses": experiment.rollouts.num_responses,
         "num_bootstrap": experiment.evaluation.num_bootstrap,
         "level_of_intervals": LEVEL,
         "machine": describe_machine(),

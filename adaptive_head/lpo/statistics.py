@@ -100,7 +100,8 @@ def bootstrap_nested(
     All seeds answer the same prompts, so a draw resamples the groups once for all its seeds: drawn
     anew for each seed, groups would count as so many times as many. Of S seeds S - 1 are drawn,
     as groups are. Last, each prompt of each drawn seed draws as many of its streams as there are.
-    That counts the noise of single answers twice, so that intervals are rather too wide.
+    That counts the noise of single answers twice, which makes intervals wider. No draw leaves the
+    range of the seeds that there are: of trainings in general, three say little.
 
     Args:
         values: float [seeds, prompts, streams, ...], each the mean over a stream's answers.

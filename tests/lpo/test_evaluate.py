@@ -209,6 +209,16 @@ def test_without_training_prompts_no_fixed_temperature_is_the_best(tmp_path):
     assert kinds == constants | {"shuffled", "dealt", "entropy", "min_p", "top_p", "head_min_p"}
 
 
+def test_only_the_controls_that_are_asked_for_are_paid_for(tmp_path):
+    run(tmp_path, FakeEngine(), make_experiment(controls=["meanshift", "min_p"]))
+    results = read_results(tmp_path)
+    kinds = {row["kind"] for row in results["heads"]["tok"]["tasks"]["sums"]["rows"]}
+    assert kinds == {"head", "fixed", "best_fixed", "best_fixed_overall", "meanshift", "min_p"}
+    arms = {name.partition("-")[0] for name in results["arms"]}
+    assert arms == {"head", "fixed", "train", "meanshift", "min_p"}
+    assert "itself" not in (tmp_path / "evaluation" / "results.md").read_text()
+
+
 @pytest.mark.parametrize("fail_after", [0, 1, 100, NUM_FIRST - 1])
 def test_a_broken_off_evaluation_goes_on_where_it_was(tmp_path, finished, fail_after):
     folder = tmp_path / "again"

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from adaptive_head.lpo.experiment import Experiment, derive_seed, digest, read_experiment
 from adaptive_head.lpo.records import DataError
 
-FILES = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "experiments"
+FILES = sorted(FOLDER.glob("*.yaml"))
 
 
 def make_content(**changes: Any) -> dict[str, Any]:
@@ -133,3 +135,36 @@ def test_seeds_depend_on_everything_and_fit() -> None:
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert derive_seed(1, "a") == derive_seed(1, "a") != derive_seed(2, "a")
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
+
+
+def test_outside_tasks_are_an_experiment_of_their_own() -> None:
+    shipped = read_experiment(FOLDER / "shipped.yaml")
+    outside = shipped.look_outside()
+    assert outside is not None
+    assert outside.tasks == shipped.outside and not outside.outside
+    assert outside.derive_seed("a") != shipped.derive_seed("a")
+    assert read_experiment(FOLDER / "mix.yaml").look_outside() is None
+
+
+def test_an_experiment_on_disk_names_no_folder_of_this_machine() -> None:
+    shipped = read_experiment(FOLDER / "shipped.yaml")
+    written = shipped.model_dump_json()
+    assert str(FOLDER) not in written
+    read = Experiment.model_validate_json(written)
+    assert read.ready_heads.keys() == shipped.ready_heads.keys()
+    assert read.tasks == shipped.tasks
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": {}}, "heads: give at least one, here or in ready_heads"),
+        ({"ready_heads": {"token": "x"}}, r"ready_heads\.token: heads has one of this name"),
+        ({"outside": make_content()["tasks"]}, r"outside\.sums: tasks has one of this name"),
+    ],
+)
+def test_heads_and_outside_tasks_have_names_of_their_own(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Experiment.model_validate(make_content(**changes))

@@ -1,17 +1,23 @@
 """The gate on runs without a model: answers that are bad as often as a test wants."""
 
+import gzip
+import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 
+from adaptive_head.checkpoint import read_metadata, write_metadata
 from adaptive_head.lpo.answers import AnswerBook
-from adaptive_head.lpo.experiment import Experiment
+from adaptive_head.lpo.arms import identify_head
+from adaptive_head.lpo.experiment import Experiment, TaskConfig
 from adaptive_head.lpo.gate import Verdict, judge_run, mark_head, pack_run
-from adaptive_head.lpo.records import DataError, Prompt, Response, write_records
+from adaptive_head.lpo.records import DataError, Prompt, Response, to_line, write_records
 from adaptive_head.lpo.statistics import Interval
 from adaptive_head.lpo.verdicts import write_sentence
+from tests.lpo.evaluation_setup import save_heads
 
 TASK = {
     "prompts": {"generate": "sums", "num_train": 1, "num_test": 1},
@@ -25,9 +31,11 @@ EXPERIMENT = Experiment.model_validate(
         "tasks": {"own": TASK},
         "outside": {"chat": TASK, "code": TASK},
         "ready_heads": {"cautious": "cautious"},
+        "rollouts": {"num_responses": 2},
         "evaluation": {"num_bootstrap": 400},
     }
 )
+IDENTITY = {"weights": "of no head"}
 FINE, BAD = (math.log(0.5),) * 8, (math.log(0.001),) * 8
 NUM_PROMPTS = {"train": 40, "test": 220}
 
@@ -53,8 +61,9 @@ def write_evaluation(
         write_records(folder / "prompts" / f"{split}.jsonl", of_split)
     (folder / "experiment.json").write_text(experiment.model_dump_json())
     (folder / "evaluation").mkdir()
-    for name in ("results.json", "results.md"):
-        (folder / "evaluation" / name).write_text("{}")
+    heads = {"cautious": {"identity": IDENTITY}}
+    (folder / "evaluation" / "results.json").write_text(json.dumps({"heads": heads}))
+    (folder / "evaluation" / "results.md").write_text("# Tables\n")
     with AnswerBook(folder / "evaluation" / "answers") as book:
         for arm, of_tasks in shares.items():
             book.open(arm, "key")
@@ -187,12 +196,59 @@ def test_a_packed_run_gets_the_same_verdict(tmp_path):
     assert again.read_bytes() == first
 
 
+def test_packing_mixes_no_runs(tmp_path):
+    run = write_run(tmp_path / "run", chat=0.2, own=0.2)
+    for target in (run, tmp_path):
+        with pytest.raises(DataError, match="is not empty"):
+            pack_run(run, target)
+    assert len(judge_run(run)) == 1
+    # Beside packed answers, those of the run itself count.
+    packed = run / "evaluation" / "answers" / "head-cautious.jsonl.gz"
+    packed.write_bytes(gzip.compress(b"{}"))
+    assert judge_run(run)[0].passes is False
+
+
+def test_answers_are_judged_as_far_as_the_experiment_asks_for_them(tmp_path):
+    """Training prompts beyond those that tune, and samples of an earlier setting, do not count."""
+    run = write_run(tmp_path / "run", chat=0.1, own=0.2)
+    expected = judge_run(run)
+    for folder in (run, run / "outside"):
+        with (folder / "prompts" / "train.jsonl").open("a") as file:
+            task = "own" if folder == run else "chat"
+            file.write(to_line(Prompt(f"{task}/train/999", task, text="?", group="more")))
+        path = folder / "experiment.json"
+        limited = json.loads(path.read_text())
+        limited["evaluation"]["num_train_prompts"] = NUM_PROMPTS["train"]
+        path.write_text(json.dumps(limited))
+    answers = run / "outside" / "evaluation" / "answers" / "head-cautious.jsonl"
+    first = json.loads(answers.read_text().splitlines()[0])
+    with answers.open("a") as file:
+        file.write(json.dumps(first | {"sample": 1, "text": "no no no no no no no no"}) + "\n")
+    assert judge_run(run) == expected
+
+
+def test_the_verdict_is_written_to_the_head_that_was_judged(tmp_path):
+    run = write_run(tmp_path / "run", chat=0.1, own=0.2)
+    heads = save_heads(tmp_path / "heads")
+    folder = heads["tok"]
+    for part in (run, run / "outside"):
+        judged = {"cautious": {"identity": identify_head(folder)}}
+        path = part / "evaluation" / "results.json"
+        path.write_text(json.dumps({"heads": judged}))
+    mark_head(folder, run, judge_run(run))
+    assert read_metadata(folder).gate == "passed"
+    with pytest.raises(DataError, match=r"no head that .* judged has its weights and settings"):
+        mark_head(heads["seq"], run, judge_run(run))
+    metadata = read_metadata(folder)
+    write_metadata(folder, metadata.model_copy(update={"select": "mean"}))
+    with pytest.raises(DataError, match=r"no head that .* judged has its weights and settings"):
+        mark_head(folder, run, judge_run(run))
+
+
 def test_what_cannot_be_judged_is_a_sentence(tmp_path):
-    with pytest.raises(DataError, match=r"there is no run with experiment\.json"):
+    with pytest.raises(DataError, match=r"experiment\.json is missing; the run is not finished"):
         judge_run(tmp_path)
     run = write_run(tmp_path / "run", chat=0.1, own=0.2)
-    with pytest.raises(DataError, match="has no head 'other', only cautious"):
-        mark_head(tmp_path / "other", run, judge_run(run))
     answers = run / "evaluation" / "answers" / "head-cautious.jsonl"
     lines = answers.read_text().splitlines()
     answers.write_text("\n".join(lines[1:]) + "\n")
@@ -201,6 +257,22 @@ def test_what_cannot_be_judged_is_a_sentence(tmp_path):
     answers.write_text("{}\n")
     with pytest.raises(DataError, match=r"head-cautious\.jsonl, line 1: prompt_id: Field required"):
         judge_run(run)
-    (run / "outside" / "experiment.json").unlink()
-    with pytest.raises(DataError, match="there is no run with outside tasks"):
+    results = run / "outside" / "evaluation" / "results.json"
+    results.write_text(json.dumps({"heads": {"cautious": {"identity": "other"}}}))
+    with pytest.raises(DataError, match="head cautious has changed between"):
+        judge_run(run)
+    results.unlink()
+    with pytest.raises(DataError, match=r"results\.json is missing; the run is not finished"):
+        judge_run(run)
+    other = EXPERIMENT.look_outside()
+    assert other is not None
+    counting = TASK | {"rewards": {"good": {"kind": "number"}}}
+    tasks = {"chat": TaskConfig.model_validate(counting)}
+    results.write_text("{}")
+    content = other.model_copy(update={"tasks": tasks}).model_dump_json()
+    (run / "outside" / "experiment.json").write_text(content)
+    with pytest.raises(DataError, match=r"outside\.chat: its first reward must be of kind fluency"):
+        judge_run(run)
+    shutil.rmtree(run / "outside")
+    with pytest.raises(DataError, match="the run has no outside tasks"):
         judge_run(run)
