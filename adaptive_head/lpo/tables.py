@@ -79,9 +79,9 @@ def _render_opening(results: Json) -> Iterator[str]:
         f"streams ({results['num_bootstrap']:,} resamples), paired by prompt and sample. Prompts "
         "of one group share their content. All intervals in one column of differences or wins hold "
         "together at 95 %: each is wider by Bonferroni's correction for the number of comparisons "
-        "printed under the table. The head wins a sample that has the higher metric, or, where that "
-        "is "
-        "equal, the higher of the task's further rewards in their order; a tie is half a win. "
+        "printed under the table. The head wins a sample that has the higher metric, or, where "
+        "that is equal, the higher of the task's further rewards in their order; a tie is half a "
+        "win. "
         "**Bold**: the interval of the win rate excludes 50 %. With fewer than "
         f"{MIN_GROUPS} groups there is no interval."
     )
