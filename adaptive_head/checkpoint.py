@@ -51,6 +51,8 @@ WEIGHTS_FILE = "head.safetensors"
 MAX_METADATA_BYTES: Final = 1 << 20
 MAX_HEADER_BYTES: Final = 1 << 20
 MAX_WEIGHTS_BYTES: Final = 1 << 30
+# What decides, with the weights, which temperatures a head gives.
+_JUDGED_FIELDS: Final = "choices", "level", "select", "abstain"
 
 
 class LoadedHead(BaseModel):
@@ -137,6 +139,8 @@ def write_metadata(folder: Path, metadata: HeadMetadata) -> None:
 def change_head(folder: Path, changes: Mapping[str, Any]) -> HeadMetadata:
     """Change what a head does by default; its weights stay.
 
+    The gate judged the head with its earlier settings: its verdict goes where one of them changes.
+
     Args:
         changes: fields of `head.json`. An object's fields are put among those that it has.
 
@@ -147,12 +151,15 @@ def change_head(folder: Path, changes: Mapping[str, Any]) -> HeadMetadata:
         HeadError: the head is damaged, or a change is wrong; names the file and the field.
     """
     path = folder / METADATA_FILE
-    content = json.loads(dump_metadata(path, load_head(folder).metadata))
+    before = load_head(folder).metadata
+    content = json.loads(dump_metadata(path, before))
     for field, value in changes.items():
         earlier = content.get(field)
         is_merged = isinstance(value, Mapping) and isinstance(earlier, Mapping)
         content[field] = {**earlier, **value} if is_merged else value
     metadata = parse_metadata(path, json.dumps(content).encode())
+    if any(getattr(metadata, field) != getattr(before, field) for field in _JUDGED_FIELDS):
+        metadata = metadata.model_copy(update={"gate": None})
     write_metadata(folder, metadata)
     return metadata
 

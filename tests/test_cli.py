@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from adaptive_head import cli, load_head
-from adaptive_head.checkpoint import BaseModelIdentity, save_head
+from adaptive_head.checkpoint import BaseModelIdentity, save_head, write_metadata
 from adaptive_head.embedded_model import ModelPreparationError
 from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.head import AdaptiveHead, HeadConfig
@@ -274,6 +274,18 @@ def test_set_changes_what_a_head_does_by_default(tmp_path, model):
     run("set", folder, "--no-abstain")
     assert load_head(folder).abstain is None
     assert (folder / "head.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("arguments", [["--select", "mean"], ["--no-abstain"]])
+def test_set_drops_the_verdict_of_a_head_that_it_changes(tmp_path, model, arguments):
+    folder = make(tmp_path, model).path
+    run("set", folder, "--abstain-below", "0.25", "--fallback", "0.6")
+    judged = load_head(folder).metadata.model_copy(update={"gate": "passed"})
+    write_metadata(folder, judged)
+    run("set", folder, "--select", judged.select, "--fallback", "0.6")
+    assert load_head(folder).metadata.gate == "passed", "nothing has changed"
+    run("set", folder, *arguments)
+    assert load_head(folder).metadata.gate is None
 
 
 @pytest.mark.parametrize(
