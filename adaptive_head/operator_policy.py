@@ -59,6 +59,8 @@ def read_policy(value: Any) -> AdaptiveRequest:
         raise OptionError("head", "leave it out; --default-head names the head")
     if policy.policy == "head" and policy.level is not None:
         raise OptionError("level", "leave it out; a head has one level only")
+    if policy.policy == "head" and policy.abstain:
+        raise OptionError("abstain", "may only be false; a head with a fallback abstains by itself")
     resolve_options(policy, {"": _AnyHead()}, "", lambda _: [0])
     return policy
 

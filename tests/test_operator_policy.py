@@ -95,6 +95,8 @@ def test_parameters_of_another_policy_are_the_clients_mistake():
         ({"policy": "schedule", "level": "sequence"}, "level", "token only"),
         ({"head": "mine"}, "head", "--default-head"),
         ({"level": "token"}, "level", "one level only"),
+        ({"abstain": True}, "abstain", "may only be false"),
+        ({"policy": "constant", "abstain": True}, "abstain", "goes with policy head"),
     ],
 )
 def test_a_wrong_policy_is_refused_with_its_field(value, field, words):
