@@ -6,6 +6,7 @@ all of them have it does it take its name. A head that fails on the way changes 
 
 import asyncio
 import re
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -80,7 +81,9 @@ class HeadControl:
         self._verifier = HeadVerifier(engine_client.vllm_config)
         self._max_temperature = max_temperature
         self._lock = asyncio.Lock()
-        self._writing = asyncio.Lock()
+        self._writing = threading.Lock()
+        self._num_snapshots = 0
+        self._last_written = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def restore(self) -> None:
@@ -89,7 +92,7 @@ class HeadControl:
         try:
             self._loaded = await _in_thread(self._library.read_loaded)
         except (HeadError, TimeoutError) as error:
-            logger.error("No head is restored: %s", error)
+            logger.error("Neither heads nor the override are restored: %s", error)
         saved = self._loaded.model_copy(deep=True)
         if (override := saved.override) is not None:
             # Bounded, not refused: the switch must hold where the bound is lower than before.
@@ -245,12 +248,22 @@ class HeadControl:
 
     async def _remember(self) -> None:
         """Write down what a restart is to repeat. The change stands where that fails."""
-        # One at a time, so that the last to write has the last state.
-        async with self._writing:
-            try:
-                await _in_thread(self._library.write_loaded, self._loaded.model_copy(deep=True))
-            except OSError as error:
-                logger.warning("This change will not survive a restart: %s", error)
+        self._num_snapshots += 1
+        snapshot = self._loaded.model_copy(deep=True)
+        try:
+            await _in_thread(self._write, self._num_snapshots, snapshot)
+        except OSError as error:
+            logger.warning("This change will not survive a restart: %s", error)
+
+    def _write(self, number: int, snapshot: LoadedHeads) -> None:
+        """Write a snapshot unless a newer one is written; one thread at a time.
+
+        Threads that nobody waits for any longer still write, in any order.
+        """
+        with self._writing:
+            if number > self._last_written:
+                self._library.write_loaded(snapshot)
+                self._last_written = number
 
     async def _load_in_workers(self, name: str, generation: int, path: Path, digest: str) -> None:
         deadline = time.monotonic() + MAX_LOADING_S

@@ -104,7 +104,7 @@ async def test_a_damaged_file_is_logged_and_replaced_by_the_next_change(
     os.mkfifo(path) if content == "pipe" else path.write_bytes(content)
     async with asyncio.timeout(60):
         server = await restart()
-    assert f"No head is restored: {path} " in logged.text
+    assert f"Neither heads nor the override are restored: {path} " in logged.text
     assert server.engines.loaded == AT_START
     save("c")
     await change(server, "POST", name="c")
@@ -269,11 +269,31 @@ async def test_a_disk_that_takes_no_file_does_not_hold_up_other_changes(setup, l
     assert logged.text.count("will not survive a restart: --heads-dir has not answered") == 2
 
 
+async def test_a_write_that_is_late_replaces_no_newer_one(setup, folder, monkeypatch):
+    server = await setup()
+    library = server.app.state.adaptive.control._library
+    answered, written, write = threading.Event(), [], library.write_loaded
+
+    def write_late(loaded):
+        if loaded.default == "b":
+            assert answered.wait(60)
+        write(loaded)
+        written.append(loaded.default)
+
+    monkeypatch.setattr("server.head_control.MAX_LOADING_S", 0.1)
+    monkeypatch.setattr(library, "write_loaded", write_late)
+    for name in "ba":
+        await change(server, "PATCH", f"/{name}", default=True)
+    answered.set()
+    await wait_until(lambda: len(written) == 2)
+    assert json.loads((folder / LOADED_FILE).read_bytes())["default"] == "a"
+
+
 async def test_a_disk_that_does_not_answer_does_not_hold_up_the_start(setup, logged):
     server = await setup()
     with stuck(server.app.state.adaptive.control._library, "read_loaded"):
         await server.app.state.adaptive.control.restore()
-    assert "No head is restored: --heads-dir has not answered" in logged.text
+    assert "are restored: --heads-dir has not answered" in logged.text
 
 
 async def test_training_is_shown_by_a_route_of_its_own(setup, save):
