@@ -79,7 +79,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="a head to load; may be given again. Its name is the folder's unless NAME is given",
     )
     parser.add_argument(
-        "--default-head", metavar="NAME", help="for requests that name no head (default: the first)"
+        "--default-head",
+        metavar="NAME",
+        help="for requests that name no head (default: the first trained one that has not failed "
+        "the gate)",
     )
     parser.add_argument(
         "--adaptive-default",

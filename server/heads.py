@@ -50,9 +50,15 @@ class Canary:
 
 
 def choose_default(heads: Mapping[str, HeadMetadata]) -> str | None:
-    """The first head that has not failed the gate, or the first where all have; None of none."""
-    fit = (name for name, metadata in heads.items() if metadata.gate != "failed")
-    return next(fit, None) or next(iter(heads), None)
+    """Choose the head of requests that name none; None if there are no heads.
+
+    Trained heads come first, then those that have not failed the gate, then the order given.
+    """
+
+    def rank(name: str) -> tuple[bool, bool]:
+        return not heads[name].trained, heads[name].gate == "failed"
+
+    return min(heads, key=rank, default=None)
 
 
 class HeadRegistry:
@@ -139,8 +145,8 @@ class HeadRegistry:
 
         Args:
             options: resolved against `by_name`.
-            request: as the client sent it. If it insists on a level or on abstention, no canary
-                without answers.
+            request: completed by the operator's policy. A canary of another level, or without a
+                fallback where `abstain` is true, does not answer it.
             seed: the request's own: the same seed is answered by the same head.
 
         Returns:

@@ -219,7 +219,7 @@ def describe_evidence(metadata: HeadMetadata) -> str:
     """Whether a head is trained, and what the gate said of it, in a few words."""
     if not metadata.trained:
         return "UNTRAINED: near-uniform, shows the path only"
-    return f"trained, gate: {metadata.gate or 'not asked'}"
+    return f"trained, gate: {metadata.gate or 'not run'}"
 
 
 def announce(state: AdaptiveState, args: Namespace) -> None:
@@ -253,3 +253,9 @@ def announce(state: AdaptiveState, args: Namespace) -> None:
         lines.append(f"  OVERRIDE: every adaptive request gets {temperature:g}")
     for line in lines:
         logger.info("%s", line)
+    default_head = state.heads.by_name.get(state.heads.default or "")
+    if default_head is not None and default_head.metadata.gate == "failed":
+        logger.warning(
+            "The default head %s has failed the gate: name another one with --default-head",
+            default_head.name,
+        )

@@ -32,13 +32,18 @@ def test_a_request_gets_the_head_that_it_asks_for():
     assert choose(registry, policy="entropy")[1] is None
 
 
-def test_the_default_is_the_first_head_that_has_not_failed_the_gate():
+def test_the_default_is_the_first_trained_head_that_has_not_failed_the_gate():
+    unjudged = describe_head(trained=True)
     passed, failed = (
-        TOKEN.model_copy(update={"gate": outcome}) for outcome in ("passed", "failed")
+        unjudged.model_copy(update={"gate": outcome}) for outcome in ("passed", "failed")
     )
-    assert choose_default({"a": failed, "b": TOKEN, "c": passed}) == "b"
-    assert choose_default({"a": passed, "b": TOKEN}) == "a"
+    assert choose_default({"a": failed, "b": unjudged, "c": passed}) == "b"
+    assert choose_default({"a": passed, "b": unjudged}) == "a"
     assert choose_default({"a": failed, "b": failed}) == "a"
+    # TOKEN is untrained: its choices mean nothing.
+    assert choose_default({"a": TOKEN, "b": unjudged}) == "b"
+    assert choose_default({"a": TOKEN, "b": failed}) == "b"
+    assert choose_default({"a": TOKEN, "b": TOKEN}) == "a"
     assert choose_default({}) is None
 
 

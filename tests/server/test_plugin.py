@@ -79,6 +79,15 @@ def test_the_announcement_does_not_hide_that_a_head_is_untrained(announced):
     assert "UNTRAINED" not in announced(heads={"a": describe_head(trained=True)})
 
 
+def test_a_default_head_that_has_failed_the_gate_is_warned_of(announced, caplog):
+    for outcome, is_warned in [("failed", True), ("passed", False), (None, False)]:
+        judged = describe_head(trained=True).model_copy(update={"gate": outcome})
+        announced(heads={"a": judged})
+        warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert bool(warnings) == is_warned
+        assert all("a has failed the gate" in record.getMessage() for record in warnings)
+
+
 def test_the_announcement_says_that_policies_work_without_heads(announced):
     assert "none; the learning-free policies work without" in announced(heads={})
 
