@@ -4,10 +4,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.record import RequestRecord, current_record
 from server.report import PromptReport, find_prompt_report
@@ -20,7 +20,7 @@ class EngineProxy:
     generator.
     """
 
-    def __init__(self, engine_client: AsyncLLM) -> None:
+    def __init__(self, engine_client: EngineClient) -> None:
         self._engine_client = engine_client
 
     def __getattr__(self, name: str) -> Any:

@@ -56,7 +56,7 @@ class AdaptiveMetrics:
         )
         self._requests = Counter(
             "adaptive_requests",
-            "Adaptive prompts handed to the engine.",
+            "Adaptive prompts handed to the engine, also those that it then refuses.",
             (*LABELS, "policy"),
             registry=registry,
         )
@@ -144,7 +144,7 @@ class AdaptiveMetrics:
             self._canary_share.remove(*labels)
 
     def set_override(self, is_on: bool) -> None:
-        """One constant answers every adaptive request from now on, or no longer."""
+        """Show whether one constant answers every adaptive request."""
         self._override.labels(self._model).set(is_on)
 
     def count_change(self, action: str, result: str) -> None:
@@ -152,7 +152,7 @@ class AdaptiveMetrics:
         self._head_changes.labels(self._model, action, result).inc()
 
     def count_request(self, options: Options) -> None:
-        """A prompt has been handed to the engine."""
+        """A prompt is being handed to the engine, which may still refuse it."""
         self._find_series(options).requests.inc()
 
     def count_tokens(self, options: Options, num_tokens: Mapping[int, int]) -> None:

@@ -182,7 +182,7 @@ class PromptReport:
         self._num_uncounted = 0
 
     def begin(self) -> None:
-        """Note that the prompt is handed to the engine."""
+        """Note that the prompt is being handed to the engine, which may still refuse it."""
         self._metrics.count_request(self.options)
         for choice in self._choices:
             choice.restart()
