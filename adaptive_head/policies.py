@@ -55,14 +55,15 @@ def two_phase_temperature(
 
 
 def list_temperature(
-    num_generated: torch.Tensor, lists: torch.Tensor, list_lens: torch.Tensor
+    num_generated: torch.Tensor, lists: torch.Tensor, slots: torch.Tensor, list_lens: torch.Tensor
 ) -> torch.Tensor:
     """The temperature that a list has for a token; beyond its end its last one.
 
     Args:
         num_generated: int64 [rows], tokens generated before this one.
-        lists: float32 [rows, longest].
+        lists: float32 [slots, longest]; only the wanted temperatures are read.
+        slots: int64 [rows], whose list a row follows.
         list_lens: [rows], at least 1.
     """
     places = torch.minimum(num_generated, list_lens.long() - 1).clamp_min(0)
-    return lists.gather(1, places.unsqueeze(1)).squeeze(1)
+    return lists[slots, places]

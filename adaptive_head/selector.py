@@ -218,7 +218,7 @@ class TemperatureSelector(SlotTable):
     def _list(self, step: Step, options: torch.Tensor) -> torch.Tensor:
         num_generated = step.positions + 1 - step.prompt_lens
         return policies.list_temperature(
-            num_generated, self.lists[step.slots], options[:, Column.LIST_LEN]
+            num_generated, self.lists, step.slots, options[:, Column.LIST_LEN]
         )
 
     @staticmethod
