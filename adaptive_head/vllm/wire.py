@@ -81,9 +81,11 @@ def pack_decisions(micros: torch.Tensor, is_abstained: torch.Tensor | None) -> t
     """
     if is_abstained is None:
         return micros.unsqueeze(1)
-    not_set = torch.full_like(micros, NOT_SET)
-    flags = is_abstained * DecisionFlag.ABSTAINED
-    return torch.stack([micros, not_set, not_set, flags.to(micros.dtype)], dim=1)
+    decisions = micros.new_full((len(micros), len(Decision._fields)), NOT_SET)
+    decisions[:, 0] = micros
+    # Straight into its column: each tensor in between would be a launch of its own.
+    torch.mul(is_abstained, int(DecisionFlag.ABSTAINED), out=decisions[:, -1])
+    return decisions
 
 
 @dataclass(frozen=True)
