@@ -67,7 +67,10 @@ function pick(values, names) {
 
 function parse(name, text) {
   if (TEXT_FIELDS.includes(name)) return text;
-  return LIST_FIELDS.includes(name) ? text.split(",").map(Number) : Number(text);
+  if (!LIST_FIELDS.includes(name)) return Number(text);
+  // Number("") is 0, and a comma at the end is no temperature.
+  const parts = text.split(",").filter((part) => part.trim() !== "");
+  return parts.map(Number);
 }
 
 /** "head:a:b" is the head "a:b". */
