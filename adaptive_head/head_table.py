@@ -26,7 +26,7 @@ def make_table(head: LoadedHead) -> Table:
         "layers": " → ".join(map(str, metadata.config.widths)),
         "weights": f"{num_weights:,}",
         "trained": "yes" if metadata.trained else "no",
-        "gate": metadata.gate or "not asked",
+        "gate": metadata.gate or "not run",
         "training": json.dumps(metadata.training) if metadata.training else "none",
         "created": metadata.created,
         "git commit": metadata.git_sha or "unknown",

@@ -149,7 +149,7 @@ class HeadMetadata(_Described):
         select: what a request gets that does not say it.
         abstain: None where the head always chooses.
         training: how it was trained; any JSON object.
-        gate: what `adaptive-head gate` found; None where nobody asked it.
+        gate: what `adaptive-head gate` found; null before the gate has run.
     """
 
     format_version: Literal[2] = FORMAT_VERSION

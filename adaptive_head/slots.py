@@ -99,8 +99,8 @@ class SlotTable:
         options: float32 [slots, columns].
         seeds: int64 [slots].
         chosen: float32 [slots], what a sequence-level request has chosen, NaN until it has.
-        has_abstained: bool [slots], whether that is the head's fallback. `TemperatureSelector`
-            keeps here the same of a token-level request's latest token.
+        has_abstained: bool [slots], whether that choice is the head's fallback. For a token-level
+            request, `TemperatureSelector` stores whether its latest token got the fallback.
         lists: float32 [slots, 4096], the temperatures of the requests of policy list.
         phases: of the two-phase requests.
         counts: int64 [indices, 64], how often each head has chosen each of its temperatures.
@@ -142,8 +142,8 @@ class SlotTable:
         """Serve a head from now on, beside earlier generations of its name.
 
         Returns:
-            Its index, which no other head gets: a step of an aborted request that has it may still
-            be under way when it is removed.
+            Its index. Never reused: a step of an aborted request may still refer to it after
+            removal.
         """
         index = self._index["head", name, generation] = self._num_indices
         self._num_indices += 1

@@ -13,7 +13,7 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def copy_over(array: np.ndarray, tensor: torch.Tensor) -> None:
-    """Copy an array into a tensor of its shape, without memory of the device's for it."""
+    """Copy an array into a tensor of its shape, without allocating device memory."""
     source = torch.from_numpy(array)
     is_on_host = tensor.device.type == "cpu"
     tensor.copy_(source if is_on_host else source.pin_memory(), non_blocking=True)

@@ -165,7 +165,7 @@ class SelectedStep:
         return self._choices.picks == FALLBACK_PICK if self._can_abstain else None
 
     def end(self, num_sampled: torch.Tensor) -> None:
-        """Move the slots on.
+        """Advance each slot's state by the accepted tokens.
 
         Args:
             num_sampled: int32 [requests], how many rows became tokens.

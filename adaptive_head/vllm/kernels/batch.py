@@ -65,9 +65,9 @@ class Choices:
 
     Attributes:
         micros: int32 [rows], temperatures in millionths; ORDINARY, or PENDING for the logits.
-        picks: int32 [rows], which of its temperatures a head picked; FALLBACK_PICK where it
-            abstained or has for the whole answer, else NO_PICK for a mean, for a choice made
-            earlier and where no head chose.
+        picks: int32 [rows], which of its temperatures a head picked. FALLBACK_PICK where it
+            abstained, now or at the start of a sequence-level answer. NO_PICK for a mean, for a
+            choice made earlier, and where no head chose.
     """
 
     micros: torch.Tensor
@@ -75,7 +75,7 @@ class Choices:
 
     @classmethod
     def make(cls, num_rows: int, device: torch.device) -> "Choices":
-        """Room for the choices of a step."""
-        # Not one tensor for both: Triton compiles anew for another alignment.
+        """Allocate the choices of a step; they are not initialised."""
+        # Not one tensor for both: Triton compiles again for another alignment.
         micros = torch.empty(num_rows, dtype=torch.int32, device=device)
         return cls(micros, torch.empty_like(micros))

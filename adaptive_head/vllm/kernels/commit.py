@@ -96,7 +96,7 @@ def _commit_kernel(
 def commit(
     choices: Choices, batch: Batch, table: SlotTable, num_sampled: torch.Tensor | None
 ) -> None:
-    """Move the slots on: sequence-level choices, phases, counts.
+    """Advance each slot's state (sequence choice, phase, counts) by the accepted tokens.
 
     Args:
         num_sampled: int32 [requests], how many rows became tokens; None in a step without drafts,
