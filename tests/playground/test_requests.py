@@ -59,6 +59,15 @@ def test_a_policy_shows_its_own_fields_only(page, server):
     assert [pane.is_displayed() for pane in page.panes] == [True, False]
 
 
+def test_a_comma_at_the_end_of_a_list_is_no_temperature(page, server):
+    page.open_ready()
+    page.fill(chooser="policy:list", adaptive__list__temperatures="0.2, ,0.7, ")
+    page.fill(compare=None, seed="", max_tokens="")
+    page.run()
+    (body,) = map(json.loads, server.bodies)
+    assert body["adaptive"]["list"] == {"temperatures": [0.2, 0.7]}
+
+
 def test_the_command_sends_the_very_bytes(page, server):
     server.key = "it's $HOME `id`"
     page.open()
