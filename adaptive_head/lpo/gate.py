@@ -165,7 +165,7 @@ def mark_head(folder: Path, run: Path, verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def pack_run(run: Path, target: Path) -> None:
-    """Copy what a verdict rests on, and the tables of the run, with compressed answers.
+    """Copy what a verdict rests on, and the run's tables and plots, with compressed answers.
 
     Raises:
         DataError: the run is not finished, or the target is not empty.
@@ -183,6 +183,8 @@ def pack_run(run: Path, target: Path) -> None:
         ]
         pack_answers(source / answers, copy / answers, arms)
         (copy / PROMPTS_FOLDER).mkdir()
+        for plot in (source / EVALUATION_FOLDER).glob("*.png"):
+            shutil.copyfile(plot, copy / EVALUATION_FOLDER / plot.name)
         for file in files:
             try:
                 shutil.copyfile(source / file, copy / file)
