@@ -10,6 +10,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_serializer,
@@ -343,21 +344,45 @@ def _shrink_task(task: TaskConfig, num_train: int) -> TaskConfig:
 def read_experiment(path: Path) -> Experiment:
     """Read an experiment file; paths in it are relative to its folder.
 
+    `outside` may be the path of a file of tasks, whose own paths are relative to that one's folder.
+
     Raises:
         DataError: names the file, the field and what would be valid.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: {' '.join(str(error).split())}") from None
+    content = _read_yaml(path)
     if not isinstance(content, dict):
         raise DataError(f"{path} must hold the fields {', '.join(Experiment.model_fields)}")
+    if isinstance(outside := content.get("outside"), str):
+        content |= {"outside": _read_tasks(path.parent / outside)}
     try:
         return Experiment.model_validate(content, context={"folder": path.parent})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        raise DataError(f"{path}: {name}: {first['msg']}") from None
+        raise _refuse(path, error) from None
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _read_tasks(path: Path) -> dict[str, TaskConfig]:
+    """A file of tasks by their names."""
+    content = _read_yaml(path)
+    try:
+        return _TASKS.validate_python(content, context={"folder": path.parent})
+    except ValidationError as error:
+        raise _refuse(path, error) from None
+
+
+def _refuse(path: Path, error: ValidationError) -> DataError:
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"]) or "(top level)"
+    return DataError(f"{path}: {name}: {first['msg']}")
+
+
+_TASKS = TypeAdapter(dict[Name, TaskConfig])
 
 
 def digest(value: Any) -> str:

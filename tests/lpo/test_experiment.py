@@ -143,7 +143,23 @@ def test_outside_tasks_are_an_experiment_of_their_own() -> None:
     assert outside is not None
     assert outside.tasks == shipped.outside and not outside.outside
     assert outside.derive_seed("a") != shipped.derive_seed("a")
-    assert read_experiment(FOLDER / "mix.yaml").look_outside() is None
+    assert read_experiment(FOLDER / "gsm8k.yaml").look_outside() is None
+
+
+def test_a_file_of_outside_tasks_is_read_from_its_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    tasks = make_content()["tasks"]
+    tasks["sums"]["prompts"] = {"file": "sums.jsonl", "num_train": 1, "num_test": 1}
+    (tmp_path / "far" / "tasks.yaml").write_text(yaml.safe_dump({"chat": tasks["sums"]}))
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(make_content(outside="far/tasks.yaml")))
+    assert read_experiment(path).outside["chat"].prompts.file == tmp_path / "far" / "sums.jsonl"
+    (tmp_path / "far" / "tasks.yaml").write_text("chat: 3")
+    with pytest.raises(DataError, match=r"tasks\.yaml: chat: Input should be a valid dict"):
+        read_experiment(path)
+    path.write_text(yaml.safe_dump(make_content(outside="nowhere.yaml")))
+    with pytest.raises(DataError, match=r"nowhere\.yaml: .*No such file"):
+        read_experiment(path)
 
 
 def test_an_experiment_on_disk_names_no_folder_of_this_machine() -> None:
