@@ -231,7 +231,8 @@ def run(
 ) -> None:
     """Train and evaluate heads as an experiment says, skipping what is there already."""
     with explain_errors(), calm_libraries():
-        from adaptive_head.lpo import Run, read_experiment
+        from adaptive_head.lpo.experiment import read_experiment
+        from adaptive_head.lpo.run import Run
 
         settings = read_experiment(experiment)
         settings = settings.shrink() if quick else settings

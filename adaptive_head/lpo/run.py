@@ -19,6 +19,12 @@ from adaptive_head.lpo.evaluate import evaluate
 from adaptive_head.lpo.experiment import Experiment, HeadRecipe
 from adaptive_head.lpo.features import compute_features
 from adaptive_head.lpo.frozen_model import read_unembedding
+from adaptive_head.lpo.layout import (
+    EVALUATION_FOLDER,
+    EXPERIMENT_FILE,
+    OUTSIDE_FOLDER,
+    PROMPTS_FOLDER,
+)
 from adaptive_head.lpo.pair_report import write_report
 from adaptive_head.lpo.pairs import PairSet, make_pairs
 from adaptive_head.lpo.probing import ProbeStates, read_probe_states
@@ -31,10 +37,6 @@ from adaptive_head.options import Level
 
 Stage = Literal["rollouts", "pairs", "train", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-EXPERIMENT_FILE = "experiment.json"
-PROMPTS_FOLDER = "prompts"
-EVALUATION_FOLDER = "evaluation"
-OUTSIDE_FOLDER = "outside"
 Group = tuple[Level, tuple[float, ...]]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from adaptive_head.lpo.arms import Arm, Family
 from adaptive_head.lpo.experiment import Experiment
-from adaptive_head.lpo.records import Response
+from adaptive_head.lpo.records import Prompt, Response
 from adaptive_head.lpo.rewards import compare_scores
 
 _TIE = 1e-9
@@ -100,3 +100,12 @@ def rate_settings(
             )
             wins[first, second], wins[second, first] = rate, 1 - rate
     return wins.mean(axis=1)
+
+
+def choose_train_prompts(experiment: Experiment, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
+    """Of each task the first `num_train_prompts`."""
+    chosen: list[Prompt] = []
+    for task in experiment.tasks:
+        of_task = [prompt for prompt in prompts if prompt.task == task]
+        chosen += of_task[: experiment.evaluation.num_train_prompts]
+    return tuple(chosen)

@@ -4,20 +4,28 @@ import gzip
 import json
 import math
 import random
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from adaptive_head.checkpoint import read_metadata, write_metadata
+from adaptive_head.heads import SHIPPED_HEADS
 from adaptive_head.lpo.answers import AnswerBook
 from adaptive_head.lpo.arms import identify_head
 from adaptive_head.lpo.experiment import Experiment, TaskConfig
+from adaptive_head.lpo.finished import FinishedEvaluation
 from adaptive_head.lpo.gate import Verdict, judge_run, mark_head, pack_run
 from adaptive_head.lpo.records import DataError, Prompt, Response, to_line, write_records
 from adaptive_head.lpo.statistics import Interval
 from adaptive_head.lpo.verdicts import write_sentence
 from tests.lpo.evaluation_setup import save_heads
+from tests.programs import HANG_S
+
+ROOT = Path(__file__).parents[2]
 
 TASK = {
     "prompts": {"generate": "sums", "num_train": 1, "num_test": 1},
@@ -276,3 +284,22 @@ def test_what_cannot_be_judged_is_a_sentence(tmp_path):
     shutil.rmtree(run / "outside")
     with pytest.raises(DataError, match="the run has no outside tasks"):
         judge_run(run)
+
+
+def test_the_committed_answers_give_the_verdicts_that_the_heads_carry():
+    verdicts = {verdict.head: verdict for verdict in judge_run(ROOT / "docs/results/shipped")}
+    assert verdicts.keys() == SHIPPED_HEADS.keys()
+    heads = FinishedEvaluation(ROOT / "docs/results/shipped").heads
+    readme = (ROOT / "README.md").read_text()
+    for name, verdict in verdicts.items():
+        folder = SHIPPED_HEADS[name]
+        assert read_metadata(folder).gate == ("passed" if verdict.passes else "failed")
+        assert heads[name]["identity"] == identify_head(folder)
+        (row,) = re.findall(rf"^\| `{name}`.*\|$", readme, re.MULTILINE)
+        assert f"| {verdict.bad:.1%} |".replace("%", " %") in row
+
+
+def test_a_verdict_needs_no_plots():
+    """What `make serve` installs is enough."""
+    code = "import sys; sys.modules['matplotlib'] = None; import adaptive_head.lpo.verdicts"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG_S)

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, MiniCPM3Config, PreTrainedTokeniz
 
 from adaptive_head import AdaptiveHead, HeadConfig, load_head, save_head
 from adaptive_head.checkpoint import BaseModelIdentity
-from adaptive_head.lpo import Run
 from adaptive_head.lpo.probing import TEXTS, ProbeStates, make_probe, read_probe_states
+from adaptive_head.lpo.run import Run
 from adaptive_head.probe import expect_temperatures, find_mismatch
 from tests.heads import save_strong_head
 from tests.test_cli import refusal
