@@ -6,6 +6,7 @@ start may have a device, and decide for themselves.
 
 import os
 import runpy
+import signal
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,10 @@ import adaptive_head.vllm.kernels  # noqa: F401
 import tests.engine.interpreted_triton.quick_patching  # noqa: F401
 
 del os.environ["TRITON_INTERPRET"]
+
+# A shell without job control ignores it in what it starts in the background, and programs that the
+# tests interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tests.leftovers", "tests.background"]
 

@@ -33,7 +33,9 @@ ROOT = Path(__file__).parents[2]
 CONFIGURATION = ROOT / "deploy/prometheus/prometheus.yml"
 # A head with shares of training, which will be the canary of `tok`.
 CANARY = "shipped"
-HEADS = ("tok", "seq", CANARY, "entropy")
+# A head that abstains.
+UNSURE = "unsure"
+HEADS = ("tok", "seq", CANARY, UNSURE, "entropy")
 # Without an alert the table of alerts is empty.
 EMPTY = {"Alerts"}
 
@@ -96,19 +98,21 @@ def is_up(connection: httpx.Client) -> bool:
 
 @pytest.fixture(scope="module")
 def canary(server, heads, prometheus) -> Iterator[str]:
-    """A head that ships, which answers half of what is asked of `tok`."""
+    """A head that ships, which answers half of what is asked of `tok`; another one abstains."""
 
     def change(method: str, path: str = "", **body: object) -> None:
         headers = {ADMIN_KEY_HEADER: ADMIN_KEY}
         response = server.http.request(method, HEADS_PATH + path, json=body, headers=headers)
         assert response.is_success, response.text
 
-    shutil.copytree(SHIPPED_HEADS["token"], heads["tok"].parent / CANARY)
-    change("POST", name=CANARY)
+    for name, shipped in ((CANARY, "token"), (UNSURE, "sequence")):
+        shutil.copytree(SHIPPED_HEADS[shipped], heads["tok"].parent / name)
+        change("POST", name=name)
     change("PATCH", "/tok", canary={"head": CANARY, "percent": 50})
     yield CANARY
     change("PATCH", "/tok", canary=None)
-    change("DELETE", f"/{CANARY}")
+    for name in (CANARY, UNSURE):
+        change("DELETE", f"/{name}")
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +124,7 @@ def load(server, canary, prometheus) -> Load:
         {"temperature": "adaptive", "adaptive": {"head": "tok"}, "max_tokens": 12},
         {"temperature": "adaptive", "adaptive": {"head": "tok"}, "max_tokens": 9},
         {"temperature": "adaptive", "adaptive": {"head": "seq"}, "max_tokens": 8},
+        {"temperature": "adaptive", "adaptive": {"head": UNSURE}, "max_tokens": 8},
         {"temperature": "adaptive", "adaptive": {"policy": "entropy"}, "max_tokens": 8},
         {"temperature": 0.7, "max_tokens": 8},
         {"temperature": "adaptive", "adaptive": {"head": "tok"}, "max_tokens": 8, "stream": True},
