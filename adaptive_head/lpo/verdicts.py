@@ -9,33 +9,35 @@ from adaptive_head.lpo.statistics import Interval
 
 
 def make_verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    """A row for each head."""
+    """A column for each head."""
     table = Table(
-        title="Outside the mix: bad answers. On the mix: wins against the best constant.",
         caption=f"A head passes with at least {MIN_ANSWERS} answers, a difference of at most "
         f"{MAX_DIFFERENCE:g} whose interval ends at {MAX_UPPER_END:g} or below, and a win rate "
         "whose interval does not end below 50 %.",
     )
-    table.add_column("head")
-    names = ("answers", "bad", "garbled", "looping", "constant", "its bad", "difference")
-    for name in (*names, "own constant", "win rate"):
-        table.add_column(name, justify="right")
-    table.add_column("gate")
+    table.add_column("")
+    columns = []
     for verdict in verdicts:
-        table.add_row(
-            verdict.head,
-            str(verdict.num_answers),
-            f"{verdict.bad:.3f}",
-            f"{verdict.garbled:.3f}",
-            f"{verdict.looping:.3f}",
-            f"{verdict.constant:g}",
-            f"{verdict.constant_bad:.3f}",
-            _format(verdict.difference, "+.3f"),
-            f"{verdict.own_constant:g}",
-            _format(verdict.win_rate, ".1%"),
-            "passed" if verdict.passes else "failed",
-        )
+        table.add_column(verdict.head, justify="right")
+        columns.append(_list_values(verdict))
+    for name in columns[0] if columns else ():
+        table.add_row(name, *(values[name] for values in columns))
     return table
+
+
+def _list_values(verdict: Verdict) -> dict[str, str]:
+    return {
+        "answers to unseen kinds": str(verdict.num_answers),
+        "bad": f"{verdict.bad:.3f}",
+        "garbled": f"{verdict.garbled:.3f}",
+        "looping": f"{verdict.looping:.3f}",
+        "best constant there": f"{verdict.constant:g}",
+        "its bad": f"{verdict.constant_bad:.3f}",
+        "difference": _format(verdict.difference, "+.3f"),
+        "best constant on its own tasks": f"{verdict.own_constant:g}",
+        "wins against it": _format(verdict.win_rate, ".1%"),
+        "gate": "passed" if verdict.passes else "failed",
+    }
 
 
 def write_sentence(verdict: Verdict) -> str:

@@ -1,6 +1,7 @@
 """The gate on runs without a model: answers that are bad as often as a test wants."""
 
 import gzip
+import io
 import json
 import math
 import random
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from adaptive_head.checkpoint import read_metadata, write_metadata
 from adaptive_head.heads import SHIPPED_HEADS
@@ -21,7 +23,7 @@ from adaptive_head.lpo.finished import FinishedEvaluation
 from adaptive_head.lpo.gate import Verdict, judge_run, mark_head, pack_run
 from adaptive_head.lpo.records import DataError, Prompt, Response, to_line, write_records
 from adaptive_head.lpo.statistics import Interval
-from adaptive_head.lpo.verdicts import write_sentence
+from adaptive_head.lpo.verdicts import make_verdict_table, write_sentence
 from tests.lpo.evaluation_setup import save_heads
 from tests.programs import HANG_S
 
@@ -187,6 +189,16 @@ def make_verdict(**changes) -> Verdict:
 def test_bounds(changes, reason):
     found = make_verdict(**changes).reasons
     assert not found if reason is None else len(found) == 1 and reason in found[0]
+
+
+def test_the_table_fits_a_narrow_terminal():
+    verdicts = [make_verdict(), make_verdict(head="other", difference=Interval(0.2, None, None))]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(make_verdict_table(verdicts))
+    text = console.file.getvalue()
+    for shown in ("+0.010 [-0.020, +0.040]", "49.0% [47.0%, 51.0%]", "+0.200 (no interval)"):
+        assert shown in text
+    assert re.search(r"gate .* passed .* failed", text)
 
 
 def test_a_packed_run_gets_the_same_verdict(tmp_path):
