@@ -28,9 +28,7 @@ from adaptive_head.lpo.experiment import Experiment
 from adaptive_head.lpo.records import DataError, Response
 from adaptive_head.lpo.settings import list_settings, read_card
 from adaptive_head.options import AdaptiveRequest
-
-# What the policy takes.
-_MAX_LIST_LEN = 4096
+from adaptive_head.parameters import MAX_LIST_LEN
 
 
 def plan_arms(experiment: Experiment, heads: Mapping[str, HeadUnderTest]) -> list[Arm]:
@@ -205,7 +203,7 @@ def deal(
 
 def make_list(temperatures: Sequence[float]) -> Setting:
     """A temperature for each token by its position; after their end the last one holds."""
-    given = {"temperatures": list(temperatures[:_MAX_LIST_LEN])}
+    given = {"temperatures": list(temperatures[:MAX_LIST_LEN])}
     return Setting(AdaptiveRequest.model_validate({"policy": "list", "list": given}))
 
 
