@@ -49,13 +49,13 @@ class HeadUnderTest:
     Args:
         name: its own, such as `token`, or with the number of a further training seed, `token+2`.
         tasks: it was trained for, in the experiment's order.
-        weights: digest of its weights.
+        identity: what its answers depend on; see `identify_head`.
     """
 
     name: str
     folder: Path
     metadata: HeadMetadata
-    weights: str
+    identity: Mapping[str, Any]
     tasks: tuple[str, ...]
 
     @property
@@ -145,8 +145,8 @@ def read_heads(experiment: Experiment, heads: Mapping[str, Path]) -> dict[str, H
         tasks = tuple(task for task in experiment.tasks if not trained or task in trained)
         if not tasks:
             raise DataError(f"head {name} belongs to no task of the experiment")
-        weights = identify_head(folder)["weights"]
-        found[name] = HeadUnderTest(name, folder, read_metadata(folder), weights, tasks)
+        identity = identify_head(folder)
+        found[name] = HeadUnderTest(name, folder, read_metadata(folder), identity, tasks)
     return found
 
 
@@ -215,7 +215,7 @@ def make_arm_key(
     head = heads[arm.head] if arm.head and asks else None
     own: list[Any] = []
     if head is not None:
-        own = [head.weights, head.metadata.temperatures, head.metadata.level]
+        own = [head.identity["weights"], head.metadata.temperatures, head.metadata.level]
         # Answers that were kept before heads had a `select` are those of the likeliest.
         own += [head.metadata.select] if head.metadata.select != "argmax" else []
         abstain = head.metadata.abstain

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from adaptive_head.lpo.answers import find_answers, read_answers
-from adaptive_head.lpo.arms import Arm, Family, Setting, format_temperature, get_base
+from adaptive_head.lpo.arms import Arm, Family, ResponseKey, Setting, format_temperature, get_base
 from adaptive_head.lpo.comparison import Comparison, Opponent
 from adaptive_head.lpo.controls import count_samples, count_tuning_samples
 from adaptive_head.lpo.experiment import Experiment
@@ -58,6 +58,7 @@ class FinishedEvaluation:
             split: list(read_records(run / PROMPTS_FOLDER / f"{split}.jsonl", Prompt))
             for split in ("train", "test")
         }
+        self._answers: dict[str, dict[ResponseKey, Response]] = {}
         self._train = choose_train_prompts(experiment, prompts["train"])
         self._test = prompts["test"]
 
@@ -106,7 +107,9 @@ class FinishedEvaluation:
             if is_train
             else count_samples(self.experiment)
         )
-        answers = read_answers(self.folder, name)
+        if name not in self._answers:
+            self._answers[name] = read_answers(self.folder, name)
+        answers = self._answers[name]
         found = []
         for prompt in self._train if is_train else self._test:
             for sample in range(num_samples if prompt.task in tasks else 0):

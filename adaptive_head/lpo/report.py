@@ -12,7 +12,7 @@ import torch
 
 from adaptive_head.files import replace_file
 from adaptive_head.language_model import is_path
-from adaptive_head.lpo.arms import HeadUnderTest, identify_head
+from adaptive_head.lpo.arms import HeadUnderTest
 from adaptive_head.lpo.comparison import (
     BEATS,
     LOSES,
@@ -130,7 +130,7 @@ def build_results(
         results["heads"][name] = {
             "level": head.metadata.level,
             "temperatures": list(head.metadata.bounds),
-            "identity": identify_head(head.folder),
+            "identity": dict(head.identity),
             # Of each training seed; the first one's head is the one that ships.
             "trained": [of_seed.metadata.trained for of_seed in of_seeds],
             "verdict": write_verdict(name, rows, average),
