@@ -19,6 +19,7 @@ from adaptive_head.options import Options
 from adaptive_head.selector import Step, TemperatureSelector
 from adaptive_head.slots import ParkedChoice
 from tests import reference
+from tests.gpu.texts import PARAMETERS
 
 CPU = torch.device("cpu")
 WIDTH, VOCABULARY = 12, 20
@@ -50,14 +51,6 @@ HEADS = {
 
 
 def make_options(policy="constant", name=None, **changes) -> Options:
-    parameters = {
-        "head": (),
-        "entropy": (1.0, 1.0),
-        "schedule": (1.0, 0.3, 8.0),
-        "two_phase": (1.0, 0.3),
-        "constant": (0.7,),
-        "list": (),
-    }
     is_two_phase = policy == "two_phase"
     values = {
         "level": "token",
@@ -65,7 +58,7 @@ def make_options(policy="constant", name=None, **changes) -> Options:
         "scale": 1.0,
         "min": 0.0,
         "max": 10.0,
-        "parameters": parameters[policy],
+        "parameters": PARAMETERS[policy],
         "marker_token_ids": (MARKER,) if is_two_phase else (),
         "start_token_ids": (START,) if is_two_phase else (),
         "temperatures": (0.9, 0.1, 0.5) if policy == "list" else (),

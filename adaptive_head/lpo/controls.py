@@ -109,7 +109,7 @@ def plan_tuning(experiment: Experiment, heads: Mapping[str, HeadUnderTest]) -> l
 
 
 def list_families(experiment: Experiment) -> list[Family]:
-    """The tuned controls that all heads share, beside the fixed temperatures."""
+    """The tuned controls that all heads share, except the fixed temperatures."""
     families: tuple[Family, ...] = ("entropy", "min_p", "top_p")
     return [family for family in families if family in experiment.evaluation.controls]
 
@@ -219,7 +219,7 @@ def find_equal(
     surprise = [
         measure_surprise([r for r in fixed_answers[t] if r.task == task]) for t in temperatures
     ]
-    # At a higher temperature it is higher but for chance.
+    # It rises with the temperature, apart from noise.
     rising = np.maximum.accumulate(surprise)
     found = float(np.interp(measure_surprise(answers), rising, temperatures))
     return round(found, MICRO_DIGITS)

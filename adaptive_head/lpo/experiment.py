@@ -203,7 +203,7 @@ class EvaluationConfig(_Strict):
         num_train_prompts: a task's training prompts on which controls are tuned; None is all, as
             the heads have, 0 leaves the best fixed temperatures out and the rest untuned.
         majority: compare answers by majority vote over `num_responses` (maj@N), too.
-        controls: what heads are compared with, beside the fixed temperatures.
+        controls: what heads are compared with, in addition to the fixed temperatures.
     """
 
     num_responses: Count = 1

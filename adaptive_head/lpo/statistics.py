@@ -97,9 +97,9 @@ def bootstrap_nested(
 ) -> np.ndarray:
     """Draw the mean over training seeds, prompts and streams of answers, resampling all three.
 
-    All seeds answer the same prompts, so a draw resamples the groups once for all its seeds: drawn
-    anew for each seed, groups would count as so many times as many. Of S seeds S - 1 are drawn,
-    as groups are. Last, each prompt of each drawn seed draws as many of its streams as there are.
+    All seeds answer the same prompts, so a draw resamples the groups once for all its seeds. Drawn
+    again for each of S seeds, G groups would be taken for S * G. Of S seeds S - 1 are drawn, as
+    groups are. Last, each prompt of each drawn seed draws as many of its streams as there are.
     That counts the noise of single answers twice, which makes intervals wider. No draw leaves the
     range of the seeds that there are: of trainings in general, three say little.
 

@@ -73,16 +73,19 @@ def make_heads(sizes: Sizes) -> dict[str, AdaptiveHead]:
     }
 
 
+# Of each policy; see `Options.parameters`.
+PARAMETERS = {
+    "head": (),
+    "entropy": (1.0, 1.0),
+    "schedule": (1.0, 0.3, 8.0),
+    "two_phase": (1.0, 0.3),
+    "constant": (0.7,),
+    "list": (),
+}
+
+
 def make_options(policy: str, **changes: object) -> Options:
     """Options of a policy, complete with its parameters."""
-    parameters = {
-        "head": (),
-        "entropy": (1.0, 1.0),
-        "schedule": (1.0, 0.3, 8.0),
-        "two_phase": (1.0, 0.3),
-        "constant": (0.7,),
-        "list": (),
-    }
     values = {
         "name": policy,
         "level": "token",
@@ -90,7 +93,7 @@ def make_options(policy: str, **changes: object) -> Options:
         "scale": 1.0,
         "min": 0.0,
         "max": 10.0,
-        "parameters": parameters[policy],
+        "parameters": PARAMETERS[policy],
     }
     if policy == "list":
         values["temperatures"] = (0.3, 0.0, 1.7, 0.2, 0.4)

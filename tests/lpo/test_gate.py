@@ -222,7 +222,7 @@ def test_packing_mixes_no_runs(tmp_path):
         with pytest.raises(DataError, match="is not empty"):
             pack_run(run, target)
     assert len(judge_run(run)) == 1
-    # Beside packed answers, those of the run itself count.
+    # Where an arm has both files, the one that is not packed counts.
     packed = run / "evaluation" / "answers" / "head-cautious.jsonl.gz"
     packed.write_bytes(gzip.compress(b"{}"))
     assert judge_run(run)[0].passes is False
