@@ -29,6 +29,11 @@ class Session:
         self._num_requests = self._num_failed = self._num_wrong = 0
 
     @property
+    def is_running(self) -> bool:
+        """Whether the server has been found and its run has not ended."""
+        return self._target is not None
+
+    @property
     def target(self) -> Target:
         """The server; only during a run."""
         assert self._target is not None
@@ -68,10 +73,10 @@ class Session:
         """Wait until the server is idle, and see whether all is as it must be.
 
         Returns:
-            A sentence for each thing that is not; [] also if there was no run.
+            A sentence for each thing that is not.
         """
         if self._target is None:
-            return []
+            return ["the run was over before the server had said what it serves"]
         url, self._target = self._target.url, None
         wrong = list(self.find_broken_limits())
         max_wait = self.scenario.limits.max_idle_wait

@@ -3,10 +3,15 @@
 Usage: FAULT_FILE mock-server OPTION...
 """
 
+import asyncio
 import sys
 from pathlib import Path
 
+from fastapi import Request
+
 from loadtests.cli import app
+
+HESITATION_S = 2.5
 
 
 def install(fault_file: Path) -> None:
@@ -16,9 +21,11 @@ def install(fault_file: Path) -> None:
     - misaligned: one temperature less than tokens
     - uncounted: /metrics miss a token
     - deaf: the engine does not hear that a client has left
+    - hesitant: it takes longer to say what it serves than a short run lasts
     """
     from adaptive_head.vllm.wire import DecisionReader
     from loadtests.mock_engine import MockCore
+    from server import routes
     from server.metrics import AdaptiveMetrics
     from server.report import ChoiceReport
 
@@ -27,6 +34,7 @@ def install(fault_file: Path) -> None:
 
     read, take_ready = DecisionReader.read, ChoiceReport.take_ready
     count_tokens, abort = AdaptiveMetrics.count_tokens, MockCore.abort_requests_async
+    show_models = routes.show_models
 
     def wrong_read(self, output):
         wrong_by = 1000 * is_on("foreign")
@@ -48,6 +56,11 @@ def install(fault_file: Path) -> None:
         if not is_on("deaf"):
             await abort(self, request_ids)
 
+    async def hesitant_show_models(raw_request: Request):
+        await asyncio.sleep(HESITATION_S * is_on("hesitant"))
+        return await show_models(raw_request)
+
+    routes.show_models = hesitant_show_models
     DecisionReader.read, ChoiceReport.take_ready = wrong_read, wrong_take_ready
     AdaptiveMetrics.count_tokens, MockCore.abort_requests_async = wrong_count_tokens, wrong_abort
 

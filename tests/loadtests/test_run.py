@@ -29,6 +29,12 @@ def run(*arguments) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+def count_tokens(finished: subprocess.CompletedProcess[str]) -> int:
+    """How many tokens the clients of a run have counted; 0 where it does not say."""
+    counted = re.search(r"rose by \d+, the clients counted (\d+)", finished.stderr)
+    return int(counted[1]) if counted else 0
+
+
 def split(command: str) -> list[str]:
     """The arguments of one of the document's commands."""
     python, dash_m, loadtests, *arguments = shlex.split(command)
@@ -61,8 +67,7 @@ def test_a_run_shows_latencies_and_temperatures_and_ends_well(mock, tmp_path):
     assert ("temperature, 1/1000", "mean of an answer, sequence") in rows
     assert all(row["Failure Count"] == "0" for row in rows.values())
     assert (tmp_path / "locust.html").is_file()
-    counted = re.search(r"rose by (\d+), the clients counted (\d+)", finished.stderr)
-    assert counted and int(counted[2]) > 0
+    assert count_tokens(finished) > 0
 
 
 FAULTS = [
@@ -88,6 +93,13 @@ def test_a_server_with_a_fault_does_not_pass(mock, fault_file, write, fault, kin
     finished = run("run", "--url", mock.url, "--scenario", scenario, "--duration", 2)
     assert finished.returncode == 1, finished.stdout + finished.stderr
     assert re.search(sentence, finished.stdout + finished.stderr)
+
+
+def test_a_run_lasts_as_long_as_asked_for_on_a_server_that_hesitates(mock, fault_file, write):
+    fault_file.write_text("hesitant")
+    finished = run("run", "--url", mock.url, "--scenario", write(), "--duration", 1)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert count_tokens(finished) > 0
 
 
 @pytest.mark.slow

@@ -78,5 +78,6 @@ def test_slow_streams_are_wrong():
     )
 
 
-def test_without_a_run_there_is_nothing_to_say():
-    assert Session(make_scenario()).end() == []
+def test_a_run_that_never_began_is_wrong():
+    (wrong,) = Session(make_scenario()).end()
+    assert wrong == "the run was over before the server had said what it serves"
