@@ -96,6 +96,8 @@ def fill_in(request: AdaptiveRequest, policy: AdaptiveRequest) -> AdaptiveReques
     What the request sets stays, down to single parameters of the policy; null sets nothing. A
     bound of the operator's policy gives way to one of the request that contradicts it.
     """
+    if not policy.model_fields_set:
+        return request
     given = {name for name in request.model_fields_set if getattr(request, name) is not None}
     if given & {"policy", "head"}:
         return request

@@ -138,8 +138,14 @@ class Options:
     def to_extra_args(self) -> dict[str, Any]:
         """The options as `SamplingParams.extra_args` carries them (plain, msgpack-able)."""
         # A frozen dataclass without slots: its fields are its dictionary.
-        values = vars(self).items()
-        return {EXTRA_ARGS_KEY: {k: list(v) if isinstance(v, tuple) else v for k, v in values}}
+        values = dict(
+            vars(self),
+            parameters=list(self.parameters),
+            marker_token_ids=list(self.marker_token_ids),
+            start_token_ids=list(self.start_token_ids),
+            temperatures=list(self.temperatures),
+        )
+        return {EXTRA_ARGS_KEY: values}
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> "Options | None":
@@ -267,7 +273,8 @@ def _refuse_misplaced(request: AdaptiveRequest) -> None:
         for field in ("head", "select", "abstain"):
             if getattr(request, field) is not None:
                 raise OptionError(field, f"{field} goes with policy head, not {request.policy}")
-    for policy in _PARAMETER_MODELS:
+    # Most requests set none of these.
+    for policy in _PARAMETER_MODELS.keys() & request.model_fields_set:
         if policy != request.policy and getattr(request, policy) is not None:
             raise OptionError(policy, f"{policy} goes with policy {policy}, not {request.policy}")
     if request.policy == "list" and request.list is None:
@@ -280,11 +287,11 @@ def _find_head(
     request: AdaptiveRequest, heads: Mapping[str, Head], default_head: str | None
 ) -> tuple[str, Head]:
     name = default_head if request.head is None else request.head
-    loaded = ", ".join(sorted(heads)) or "none"
     if name is None:
         policies = ", ".join(_PARAMETER_MODELS)
         raise OptionError("head", f"no head is loaded; the policies need none: {policies}")
     if name not in heads:
+        loaded = ", ".join(sorted(heads)) or "none"
         raise OptionError("head", f"unknown head {name!r:.80}; loaded: {loaded}")
     head = heads[name]
     if request.level not in (None, head.level):

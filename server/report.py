@@ -9,7 +9,7 @@ from typing import Any
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
 
-from adaptive_head.decision import MILLION
+from adaptive_head.decision import MILLION, Decision
 from adaptive_head.options import EXTRA_ARGS_KEY, Options, ReportDetail
 from adaptive_head.summary import bin_temperatures, mean_of, summarise
 from adaptive_head.vllm.wire import DecisionReader
@@ -24,8 +24,7 @@ class ChoiceReport:
     """The temperatures of one answer (one `choice` of a response).
 
     Attributes:
-        num_tokens: how many tokens so far at each temperature (millionths).
-        num_abstained: how many of them got the head's fallback.
+        num_abstained: how many tokens got the head's fallback.
         num_given: how many tokens vLLM has been given to make chunks of; None where these are all
             that have been read.
     """
@@ -35,28 +34,60 @@ class ChoiceReport:
         self._is_override = is_override
         self._has_list = detail == "tokens"
         self._reader = DecisionReader()
-        self.num_tokens: dict[int, int] = {}
+        # By temperature (millionths): all tokens so far, and those that no metric has counted.
+        self._num_tokens: dict[int, int] = {}
+        self._uncounted: dict[int, int] = {}
+        # Tokens like the one before them, which are in neither.
+        self._num_repeats = 0
         self.num_abstained = 0
         self.num_given: int | None = None
         self._micros: list[int] = []
         self._num_sent = 0
 
+    @property
+    def num_tokens(self) -> Mapping[int, int]:
+        """How many tokens there are so far at each temperature (millionths)."""
+        self._settle()
+        return self._num_tokens
+
     def restart(self) -> None:
         """Begin to generate; with tool calls, more than once per answer."""
+        self._settle()
         self._reader.restart()
 
     def read(self, completion: CompletionOutput) -> None:
         """Take the temperatures off an output."""
+        if completion.sampling_mask is None:
+            # Most tokens: to add them up until somebody asks costs a fraction.
+            self._num_repeats += len(completion.token_ids)
+            return
+        self._settle()
         for decision, count in self._reader.read(completion):
-            micro = decision.temperature
-            self.num_tokens[micro] = self.num_tokens.get(micro, 0) + count
-            if decision.has_abstained:
-                self.num_abstained += count
-            if self._has_list:
-                self._micros += [micro] * count
+            self._count(decision, count)
+
+    def take_uncounted(self) -> Mapping[int, int]:
+        """Tokens by temperature (millionths) that have come since the last call."""
+        self._settle()
+        uncounted, self._uncounted = self._uncounted, {}
+        return uncounted
+
+    def _settle(self) -> None:
+        if num_repeats := self._num_repeats:
+            self._num_repeats = 0
+            self._count(self._reader.repeat(num_repeats), num_repeats)
+
+    def _count(self, decision: Decision, count: int) -> None:
+        micro = decision.temperature
+        for num_tokens in (self._num_tokens, self._uncounted):
+            num_tokens[micro] = num_tokens.get(micro, 0) + count
+        if decision.flags and decision.has_abstained:
+            self.num_abstained += count
+        if self._has_list:
+            self._micros += [micro] * count
 
     def take_ready(self) -> list[float]:
         """Temperatures of the tokens that are in the response and not yet reported."""
+        self._settle()
         first = self._num_sent
         self._num_sent = end = len(self._micros) if self.num_given is None else self.num_given
         return [micro / MILLION for micro in self._micros[first:end]]
@@ -176,8 +207,6 @@ class PromptReport:
         self.is_override = report.is_override
         self._choices = choices
         self._metrics = metrics
-        # What the metrics have: tokens by temperature (millionths).
-        self._counted: Counter[int] = Counter()
         self._num_abstained_counted = 0
         self._num_uncounted = 0
 
@@ -213,15 +242,13 @@ class PromptReport:
         """Move what has been counted into the metrics."""
         if not self._num_uncounted:
             return
-        num_tokens: Counter[int] = Counter()
-        self.count_into(num_tokens)
-        if uncounted := num_tokens - self._counted:
-            self._metrics.count_tokens(self.options, uncounted)
-        if self.options.can_abstain:
-            num_abstained = self.num_abstained
-            self._metrics.count_abstained(self.options, num_abstained - self._num_abstained_counted)
-            self._num_abstained_counted = num_abstained
-        self._counted, self._num_uncounted = num_tokens, 0
+        self._num_uncounted = 0
+        for choice in self._choices:
+            if uncounted := choice.take_uncounted():
+                self._metrics.count_tokens(self.options, uncounted)
+        if (num_new := self.num_abstained - self._num_abstained_counted) > 0:
+            self._metrics.count_abstained(self.options, num_new)
+            self._num_abstained_counted += num_new
 
 
 def current_report() -> Report | None:

@@ -176,6 +176,16 @@ class DecisionReader:
         """Continue with another answer, whose positions begin at 0."""
         self._begin, self._decision = self._num_tokens, _NO_DECISION
 
+    def repeat(self, num_tokens: int) -> Decision:
+        """The decision of an output's new tokens that came without a mask: the one before theirs.
+
+        Raises:
+            AssertionError: there is none.
+        """
+        assert self._decision is not _NO_DECISION, "a token came without a decision"
+        self._num_tokens += num_tokens
+        return self._decision
+
     def read(self, output: CompletionOutput) -> list[tuple[Decision, int]]:
         """Remove the decisions of an output's new tokens from it.
 
