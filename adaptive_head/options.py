@@ -273,8 +273,7 @@ def _refuse_misplaced(request: AdaptiveRequest) -> None:
         for field in ("head", "select", "abstain"):
             if getattr(request, field) is not None:
                 raise OptionError(field, f"{field} goes with policy head, not {request.policy}")
-    # Most requests set none of these.
-    for policy in _PARAMETER_MODELS.keys() & request.model_fields_set:
+    for policy in _PARAMETER_MODELS:
         if policy != request.policy and getattr(request, policy) is not None:
             raise OptionError(policy, f"{policy} goes with policy {policy}, not {request.policy}")
     if request.policy == "list" and request.list is None:
