@@ -37,6 +37,7 @@ Scale = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
 Parameter = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
 Generation = Annotated[int, Field(ge=0, strict=True)]
+NumTokens = Annotated[int, Field(ge=0, strict=True)]
 Marker = Annotated[tuple[TokenId, ...], Field(max_length=MAX_MARKER_TOKENS)]
 Temperatures = Annotated[tuple[Temperature, ...], Field(max_length=MAX_LIST_LEN)]
 
@@ -109,7 +110,9 @@ class Options:
     statistic) where it may abstain (`Abstention.parameters`), else ().
     `name` labels answers and metrics: the head's name, or the policy's. A head's `generation` tells
     it from earlier ones of its name. `marker_token_ids`, in this order, end the thinking of
-    two_phase, `start_token_ids` begin it again; () is no marker. `temperatures` are a list's.
+    two_phase, `start_token_ids` begin it again; () is no marker. `num_written` of the prompt's last
+    tokens count for the phase as what the model writes does: a generation prompt, or the beginning
+    of its answer. `temperatures` are a list's.
     """
 
     policy: PolicyName
@@ -124,6 +127,7 @@ class Options:
     start_token_ids: Marker = ()
     generation: Generation = 0
     temperatures: Temperatures = ()
+    num_written: NumTokens = 0
 
     @property
     def is_continuous(self) -> bool:

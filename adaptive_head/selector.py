@@ -206,7 +206,7 @@ class TemperatureSelector(SlotTable):
         )
 
     def _two_phase(self, step: Step, options: torch.Tensor) -> torch.Tensor:
-        is_answer = self.phases.step(step.slots, step.input_ids, step.is_ready)
+        is_answer = self.phases.step(step.slots, step.input_ids, step.positions, step.is_ready)
         return policies.two_phase_temperature(
             is_answer, options[:, Column.PARAMETER_0], options[:, Column.PARAMETER_1]
         )

@@ -238,7 +238,8 @@ class SlotTable:
             self._options_np[slot, Column.LIST_LEN] = len(options.temperatures)
             self._staged_lists[slot] = np.array(options.temperatures, dtype=np.float32)
         if policy == PolicyIndex.TWO_PHASE:
-            self.phases.add(slot, options.marker_token_ids, options.start_token_ids)
+            markers = options.marker_token_ids, options.start_token_ids
+            self.phases.add(slot, *markers, options.num_written)
         return True
 
     def flush(self) -> None:
@@ -272,14 +273,18 @@ class SlotTable:
         has_threshold = self._options_np[slots_np, Column.THRESHOLD] > 0
         return bool((has_threshold & (self._policy_np[slots_np] >= PolicyIndex.FIRST_HEAD)).any())
 
-    def start_phase(self, slot: int, token_ids: list[int]) -> None:
+    def start_phase(self, slot: int, token_ids: list[int], prompt_len: int) -> None:
         """Tell a two-phase request what its context already holds: is the thinking over?
 
-        A prompt can carry the marker (a template that switches thinking off), and so can the
-        output so far of a request that resumes. Call after `flush`.
+        A generation prompt can carry the marker (a template that switches thinking off), and so can
+        the output so far of a request that resumes. Call after `flush`.
+
+        Args:
+            token_ids: the prompt, and what a resumed request has generated.
+            prompt_len: tokens in the prompt.
         """
         if self._policy_np[slot] == PolicyIndex.TWO_PHASE:
-            self.phases.start_phase(slot, token_ids)
+            self.phases.start_phase(slot, token_ids, prompt_len)
 
     def park(self, slot: int) -> ParkedChoice:
         """The sequence-level choice of a request that leaves its slot."""

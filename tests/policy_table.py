@@ -30,7 +30,7 @@ from tests.selection import (
 )
 
 PROMPT_LEN, SEED = 3, 5
-TEXT = [2, 1, 1, MARKER, 3, START, 2, 1, MARKER, 4, 1, 1, MARKER, MARKER, START, 1, 2, 3, 1, 2]
+TEXT = [1, MARKER, 1, MARKER, 3, START, 2, 1, MARKER, 4, 1, 1, MARKER, MARKER, START, 1, 2, 3, 1, 2]
 # The first position after which both answers change their slots.
 PREEMPTED_AFTER = 8
 HEAD = "first"
@@ -59,6 +59,9 @@ def list_cases() -> Iterator[tuple[str, Options]]:
     for policy, options in others.items():
         for level in levels if policy in LEVELLED else levels[:1]:
             yield f"{policy}-{level}", replace(options, level=level)
+    # Of a prompt that ends one thinking, and may begin to end another.
+    for num_written in range(PROMPT_LEN):
+        yield f"two_phase-{num_written}", replace(others["two_phase"], num_written=num_written)
 
 
 CASES = dict(list_cases())
@@ -91,7 +94,7 @@ class Answer:
         self.slot = slot
         selector.add(slot, self.options, SEED)
         selector.flush()
-        selector.start_phase(slot, TEXT[: position + 1])
+        selector.start_phase(slot, TEXT[: position + 1], PROMPT_LEN)
         selector.restore(slot, parked)
 
 

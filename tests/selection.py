@@ -24,6 +24,8 @@ from tests.gpu.texts import PARAMETERS
 CPU = torch.device("cpu")
 WIDTH, VOCABULARY = 12, 20
 MARKER, START = 7, 6
+# More than any prompt here has.
+WHOLE_PROMPT = 1000
 LEVELLED = ("head", "entropy", "constant")
 FIXED = {"deadline": None, "derandomize": True, "database": None}
 
@@ -61,6 +63,7 @@ def make_options(policy="constant", name=None, **changes) -> Options:
         "parameters": PARAMETERS[policy],
         "marker_token_ids": (MARKER,) if is_two_phase else (),
         "start_token_ids": (START,) if is_two_phase else (),
+        "num_written": WHOLE_PROMPT if is_two_phase else 0,
         "temperatures": (0.9, 0.1, 0.5) if policy == "list" else (),
     }
     return Options(policy=policy, name=name or policy, **values | changes)
@@ -157,7 +160,9 @@ def slow_policy(row: Row, options: Options) -> float:
             num_generated = max(row.position + 1 - request.prompt_len, 0)
             return reference.schedule_temperature(num_generated, *options.parameters)
         case "two_phase":
-            return options.parameters[is_thinking_over(request.tokens[: row.position + 1], options)]
+            first = max(0, request.prompt_len - options.num_written)
+            written = request.tokens[first : row.position + 1]
+            return options.parameters[is_thinking_over(written, options)]
         case "constant":
             return options.parameters[0]
         case "list":
@@ -196,12 +201,13 @@ def make_step(rows: list[Row]) -> Step:
 
 
 def add(selector: TemperatureSelector, slot: int, options: Options | None, **kwargs) -> Row:
-    """Put a request into a slot; returns the row of its last prompt token."""
+    """Put a request into a slot; returns the row of its last token."""
     tokens = kwargs.get("tokens", [1, 2, 3])
-    request = Request(options, kwargs.get("seed", 0), tokens, prompt_len=len(tokens))
+    prompt_len = kwargs.get("prompt_len", len(tokens))
+    request = Request(options, kwargs.get("seed", 0), tokens, prompt_len)
     selector.add(slot, options, request.seed)
     selector.flush()
-    selector.start_phase(slot, tokens)
+    selector.start_phase(slot, tokens, prompt_len)
     return Row(request, slot, position=len(tokens) - 1)
 
 
@@ -247,6 +253,8 @@ def random_options(rng: random.Random) -> Options | None:
     if policy == "two_phase":
         changes["marker_token_ids"] = rng.choice([(MARKER,), (1, 2), (1, 1, MARKER), (2,) * 4])
         changes["start_token_ids"] = rng.choice([(START,), (2, 1), (), (MARKER, START, START)])
+        # From none to more than a prompt has.
+        changes["num_written"] = int(7 * parameters["two_phase"][0])
     if policy == "list":
         changes["temperatures"] = tuple(rng.uniform(0, 2) for _ in range(rng.randint(1, 12)))
     if policy == "head":
@@ -292,7 +300,7 @@ class Simulation:
         self.selector.flush()
         for slot, request in self.running.items():
             if request.num_computed == 0:
-                self.selector.start_phase(slot, request.tokens)
+                self.selector.start_phase(slot, request.tokens, request.prompt_len)
         for slot, chosen in restored:
             self.selector.restore(slot, chosen)
 

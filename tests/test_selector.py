@@ -318,6 +318,18 @@ def test_the_prompt_s_last_marker_says_which_phase_begins(selector, prompt, temp
     assert select(selector, row) == approximately([temperature])
 
 
+@pytest.mark.parametrize(
+    ("num_written", "chosen"),
+    [(0, [1.0, 1.0]), (1, [1.0, 0.3]), (2, [1.0, 0.3]), (5, [1.0, 0.3]), (6, [0.3, 0.3])],
+)
+def test_a_marker_counts_where_it_is_written_and_not_in_an_example(selector, num_written, chosen):
+    # An example's marker of two tokens, and at the end of the prompt the first half of another.
+    options = make_options("two_phase", marker_token_ids=(1, MARKER), num_written=num_written)
+    row = add(selector, 0, options, tokens=[4, 1, MARKER, 4, 4, 4, 1])
+    found = select(selector, row)
+    assert found + select(selector, generate(row, MARKER)) == approximately(chosen)
+
+
 def test_without_a_start_token_an_answer_stays_an_answer(selector):
     options = make_options("two_phase", start_token_ids=())
     row = add(selector, 0, options, tokens=[START, MARKER, START, 4])
@@ -380,7 +392,14 @@ def recompute(selector: TemperatureSelector, row: Row) -> Row:
 
 def resume(selector: TemperatureSelector, row: Row) -> Row:
     """Preempt a request the way of the V2 runner: it comes back, all prompt, to another slot."""
-    moved = add(selector, row.slot + 1, row.request.options, tokens=row.request.tokens)
+    request = row.request
+    moved = add(
+        selector,
+        row.slot + 1,
+        request.options,
+        tokens=request.tokens,
+        prompt_len=request.prompt_len,
+    )
     add(selector, row.slot, make_options("two_phase", marker_token_ids=(1,)), tokens=[1])
     return recompute(selector, moved)
 
@@ -396,7 +415,8 @@ def assert_phases(options: Options, tokens: list[int], prompt_len: int, interrup
     for token, interrupt in zip(tokens[prompt_len:], interruptions, strict=True):
         row = interrupt(selector, generate(row, token))
         chosen += select(selector, row)
-    texts = [tokens[:length] for length in range(prompt_len, len(tokens) + 1)]
+    first = max(0, prompt_len - options.num_written)
+    texts = [tokens[first:length] for length in range(prompt_len, len(tokens) + 1)]
     over = [options.parameters[is_thinking_over(text, options)] for text in texts]
     assert chosen == approximately(over)
 
@@ -430,7 +450,9 @@ def test_a_marker_is_found_wherever_the_prompt_ends(interrupt, end, start, token
     lengths = range(1, len(tokens) + 1)
     assert sum(is_thinking_over(tokens[:length], options) for length in lengths) == num_over
     for prompt_len in lengths:
-        assert_phases(options, tokens, prompt_len, [interrupt] * (len(tokens) - prompt_len))
+        for num_written in range(prompt_len + 1):
+            one = replace(options, num_written=num_written)
+            assert_phases(one, tokens, prompt_len, [interrupt] * (len(tokens) - prompt_len))
 
 
 @settings(max_examples=300, **FIXED)
@@ -441,6 +463,7 @@ def test_any_markers_are_found_through_any_interruptions(data):
         "two_phase",
         marker_token_ids=tuple(data.draw(st.lists(letters, max_size=8))),
         start_token_ids=tuple(data.draw(st.lists(letters, max_size=8))),
+        num_written=data.draw(st.integers(0, 12)),
     )
     pieces = st.lists(letters, max_size=3) | st.sampled_from(
         [list(options.marker_token_ids), list(options.start_token_ids)]
@@ -489,7 +512,7 @@ def test_nothing_waits_for_the_device(monkeypatch):
 
 def test_start_phase_means_nothing_to_other_requests(selector):
     rows = [add(selector, 0, make_options(), tokens=[MARKER]), add(selector, 1, None)]
-    selector.start_phase(1, [MARKER])
+    selector.start_phase(1, [MARKER], 1)
     assert select(selector, *rows) == approximately([0.7, math.nan])
 
 

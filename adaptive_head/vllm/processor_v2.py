@@ -54,10 +54,15 @@ class AdaptiveTemperature(LogitsProcessor):
     def apply_staged_writes(self) -> None:
         self.selector.flush()
 
-    def resume(self, req_id: str, slot: int, token_ids: list[int]) -> None:
-        """Tell a request that entered `slot` what came before: its text, and its choice."""
+    def resume(self, req_id: str, slot: int, token_ids: list[int], prompt_len: int) -> None:
+        """Tell a request that entered `slot` what came before: its text, and its choice.
+
+        Args:
+            token_ids: the prompt, and what the request has generated.
+            prompt_len: tokens in the prompt.
+        """
         if self.selector.is_adaptive(slot):
-            self.selector.start_phase(slot, token_ids)
+            self.selector.start_phase(slot, token_ids, prompt_len)
             if (parked := self._parked.pop(req_id, None)) is not None:
                 self.selector.restore(slot, parked)
 

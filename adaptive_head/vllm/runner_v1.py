@@ -123,10 +123,10 @@ class AdaptiveRunnerV1(_Stock):
             if options:
                 slot = self._slots[request.req_id] = self._acquire_slot()
                 self.selector.add(slot, options, request.sampling_params.seed)
-                added.append((slot, request.prompt_token_ids or []))
+                added.append((slot, request.prompt_token_ids or [], request.prompt_len))
         self.selector.flush()
-        for slot, token_ids in added:
-            self.selector.start_phase(slot, token_ids)
+        for slot, token_ids, prompt_len in added:
+            self.selector.start_phase(slot, token_ids, prompt_len)
         return super()._update_states(scheduler_output)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:

@@ -104,7 +104,9 @@ class AdaptiveRunnerV2(_Stock):
         if self.adaptive is not None:
             for request in scheduler_output.scheduled_new_reqs:
                 slot = self.req_states.req_id_to_index[request.req_id]
-                self.adaptive.resume(request.req_id, slot, request.prefill_token_ids)
+                self.adaptive.resume(
+                    request.req_id, slot, request.prefill_token_ids, request.prompt_len
+                )
 
     def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
         # A preempted request loses its slot here, and with it a choice that must not change.

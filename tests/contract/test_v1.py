@@ -148,7 +148,10 @@ def test_v1_guard_holds_generators_of_unfinished_prefills_only():
 
 def new_request(req_id, options, **fields):
     return SimpleNamespace(
-        req_id=req_id, sampling_params=params_of(options, **fields), prompt_token_ids=[1, 2, 3]
+        req_id=req_id,
+        sampling_params=params_of(options, **fields),
+        prompt_token_ids=[1, 2, 3],
+        prompt_len=3,
     )
 
 

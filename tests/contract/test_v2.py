@@ -405,20 +405,20 @@ def test_v2_choice_of_a_sequence_survives_another_tenant_of_its_slot(single_rank
     stage = make_stage()
     stage.add_request(1, params_of(entropy))
     stage.apply_staged_writes()
-    stage.resume("a", 1, [7, 7, 7])
+    stage.resume("a", 1, [7, 7, 7], 3)
     (first,) = apply(stage, sharp.clone(), [1])
     assert apply(stage, flat.clone(), [1]) == [first]
 
     stage.park("a", 1)
     stage.add_request(1, params_of(entropy))
     stage.apply_staged_writes()
-    stage.resume("b", 1, [7, 7, 7])
+    stage.resume("b", 1, [7, 7, 7], 3)
     (second,) = apply(stage, flat.clone(), [1])
     assert second != first
 
     stage.add_request(3, params_of(entropy))
     stage.apply_staged_writes()
-    stage.resume("a", 3, [7, 7, 7, 8])
+    stage.resume("a", 3, [7, 7, 7, 8], 3)
     assert apply(stage, flat.clone(), [3]) == [first]
     assert apply(stage, sharp.clone(), [1]) == [second]
 
@@ -456,7 +456,7 @@ def test_v2_runner_parks_before_vllm_frees_the_slot_and_resumes_after_it_gives_o
         forget=lambda *args: log.append(("forget", *args)),
         resume=lambda *args: log.append(("resume", *args)),
     )
-    new = SimpleNamespace(req_id="a", prefill_token_ids=[5, 6])
+    new = SimpleNamespace(req_id="a", prefill_token_ids=[5, 6], prompt_len=1)
     step = SimpleNamespace(
         preempted_req_ids=["a", "b"], finished_req_ids=["b"], scheduled_new_reqs=[new]
     )
@@ -468,7 +468,7 @@ def test_v2_runner_parks_before_vllm_frees_the_slot_and_resumes_after_it_gives_o
         ("forget", "b"),
         "freed",
         "added",
-        ("resume", "a", 3, [5, 6]),
+        ("resume", "a", 3, [5, 6], 1),
     ]
 
 

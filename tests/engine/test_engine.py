@@ -4,6 +4,7 @@ V2 runs on the CPU through Triton's interpreter; see interpreted_triton/.
 """
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -44,8 +45,9 @@ def options_of(**fields) -> Options:
     return resolve_options(AdaptiveRequest(**fields), HEADS, "tok", tokenize)
 
 
-def adaptive(prompt, seed=1, options=None, **params) -> dict:
-    extra = options_of(**(options or {})).to_extra_args()
+def adaptive(prompt, seed=1, options=None, num_written=0, **params) -> dict:
+    resolved = replace(options_of(**(options or {})), num_written=num_written)
+    extra = resolved.to_extra_args()
     defaults = {"temperature": 1.0, "max_tokens": 12, "ignore_eos": True, "seed": seed}
     return {"prompt": prompt, "params": defaults | params | {"extra_args": extra}}
 
@@ -96,21 +98,34 @@ SAMPLED = adaptive(PROMPTS[2], seed=11, options={"select": "sample"})
 CROWD = [adaptive(prompt, seed=3, options={"select": "sample"}) for prompt in PROMPTS]
 TWO_PHASE = {"policy": "two_phase", "two_phase": {"thinking": 1.3, "answer": 0.2}}
 LONG_PHASES = {"policy": "two_phase", "two_phase": TWO_PHASE["two_phase"] | {"marker": "</long>"}}
+EXAMPLE = [*PROMPTS[1], START, 9, MARKER, 4]
 PHASES = {
     "no marker": adaptive(PROMPTS[1], options=TWO_PHASE),
-    "over": adaptive([*PROMPTS[1], START, 9, MARKER, 4], options=TWO_PHASE),
-    "begun again": adaptive([*PROMPTS[1], START, 9, MARKER, 4, START, 5], options=TWO_PHASE),
+    "in an example": adaptive(EXAMPLE, options=TWO_PHASE, num_written=1),
+    "over": adaptive(EXAMPLE, options=TWO_PHASE, num_written=2),
+    "begun again": adaptive([*EXAMPLE, START, 5], options=TWO_PHASE, num_written=4),
     # A bias this strong makes the model write the marker itself, at once.
     "written": adaptive(PROMPTS[1], options=TWO_PHASE, logit_bias={str(MARKER): 100.0}),
-    "long over": adaptive([*PROMPTS[3], *LONG_MARKER, 4], options=LONG_PHASES),
-    "long at the end": adaptive([*PROMPTS[1], 81, *LONG_MARKER], options=LONG_PHASES),
-    "long begun again": adaptive([*LONG_MARKER, 4, *LONG_START], options=LONG_PHASES),
-    "long interrupted": adaptive([81, 81, 9], options=LONG_PHASES, logit_bias={"82": 100.0}),
+    "long over": adaptive([*PROMPTS[3], *LONG_MARKER, 4], options=LONG_PHASES, num_written=4),
+    "long at the end": adaptive(
+        [*PROMPTS[1], 81, *LONG_MARKER], options=LONG_PHASES, num_written=3
+    ),
+    "long begun again": adaptive(
+        [*LONG_MARKER, 4, *LONG_START], options=LONG_PHASES, num_written=7
+    ),
+    "long interrupted": adaptive(
+        [81, 81, 9], options=LONG_PHASES, num_written=3, logit_bias={"82": 100.0}
+    ),
     # The prompt ends within a marker, which the model completes at once.
     "long written": adaptive(
-        [*PROMPTS[3], 81, 81, 81], options=LONG_PHASES, logit_bias={"82": 100.0}
+        [*PROMPTS[3], 81, 81, 81], options=LONG_PHASES, num_written=2, logit_bias={"82": 100.0}
     ),
-    "long restarted": adaptive([*LONG_MARKER, 81], options=LONG_PHASES, logit_bias={"83": 100.0}),
+    "long begun in an example": adaptive(
+        [*PROMPTS[3], 81, 81, 81], options=LONG_PHASES, num_written=1, logit_bias={"82": 100.0}
+    ),
+    "long restarted": adaptive(
+        [*LONG_MARKER, 81], options=LONG_PHASES, num_written=4, logit_bias={"83": 100.0}
+    ),
 }
 # A model of two words writes these markers over and over, and is preempted within some.
 REWRITTEN = [
@@ -253,9 +268,10 @@ def assert_logprobs(request, answer, model_of):
 
 
 def assert_phases(request, answer):
-    """Two phases with the markers of words, as told by reading the whole text for every token."""
+    """Two phases with the markers of words, as told by reading the whole answer for every token."""
     options = Options.from_extra_args(request["params"]["extra_args"])
-    text, is_answer, expected = list(request["prompt"]), False, []
+    assert not options.num_written
+    text, is_answer, expected = [], False, []
     for token in answer["token_ids"]:
         if text[-3:] in (WORDS_MARKER, WORDS_START):
             is_answer = text[-3:] == WORDS_MARKER
@@ -318,13 +334,14 @@ def test_seeded_selection_does_not_depend_on_the_batch(serve):
 def test_two_phases_switch_after_the_marker(serve):
     answers = serve("chunked")["answers"][1]
     micros = {name: answer["micros"] for name, (answer,) in zip(PHASES, answers, strict=True)}
-    assert set(micros["no marker"]) == {1_300_000}
+    assert set(micros["no marker"]) == set(micros["in an example"]) == {1_300_000}
     assert set(micros["over"]) == {200_000}
     assert set(micros["begun again"]) == {1_300_000}
     assert micros["written"][0] == 1_300_000 and set(micros["written"][1:]) == {200_000}
     assert set(micros["long over"]) == set(micros["long at the end"]) == {200_000}
     assert set(micros["long begun again"]) == set(micros["long interrupted"]) == {1_300_000}
     long_written, restarted = micros["long written"], micros["long restarted"]
+    assert set(micros["long begun in an example"]) == {1_300_000}
     assert long_written[0] == 1_300_000 and set(long_written[1:]) == {200_000}
     assert restarted[0] == 200_000 and set(restarted[1:]) == {1_300_000}
 

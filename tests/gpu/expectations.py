@@ -142,8 +142,10 @@ def _is_clear(scores: torch.Tensor, margin: float) -> torch.Tensor:
 
 def _expect(request: Request, token_ids: list[int]) -> list[int]:
     """Millionths of a policy that depends on the place or on the text alone."""
-    options, text, is_answer = request.options, list(request.prompt), False
-    assert options is not None
+    options = request.options
+    assert options is not None and not options.num_written
+    text: list[int] = []
+    is_answer = False
     values = []
     for place, token in enumerate(token_ids):
         if text[-3:] in (MARKER, START):

@@ -102,7 +102,8 @@ class Walk:
             num_fed = self.positions[request] + 1
             slot = self.slots[request]
             self._prefill_lens[slot] = num_fed
-            self.selector.start_phase(slot, self.texts.tokens[request, :num_fed].tolist())
+            tokens = self.texts.tokens[request, :num_fed].tolist()
+            self.selector.start_phase(slot, tokens, PROMPT_LEN)
 
     def move(self, request: int, slot: int | None = None) -> None:
         """Preempt a request, and let it resume in another slot.

@@ -114,7 +114,10 @@ def list_options(heads: dict[str, AdaptiveHead], sizes: Sizes) -> list[Options |
             found.append(make_options(policy, level=level, **bounds))
         for policy in ("schedule", "two_phase", "list"):
             found.append(make_options(policy, **bounds))
-        found.append(make_options("two_phase", marker_token_ids=(MARKER,), start_token_ids=()))
+        markers = {"marker_token_ids": (MARKER,), "start_token_ids": ()}
+        found += [
+            make_options("two_phase", num_written=count, **markers) for count in (0, PROMPT_LEN)
+        ]
     return found
 
 
@@ -218,7 +221,7 @@ def run_plain(texts: Texts, heads: dict[str, AdaptiveHead]) -> tuple[np.ndarray,
         selector.add(slot, options, seed)
     selector.flush()
     for slot in range(num_requests):
-        selector.start_phase(slot, texts.tokens[slot, :PROMPT_LEN].tolist())
+        selector.start_phase(slot, texts.tokens[slot, :PROMPT_LEN].tolist(), PROMPT_LEN)
     slots_np = np.arange(num_requests)
     slots = torch.from_numpy(slots_np).to(device)
     found = np.full(texts.tokens.shape, ORDINARY, dtype=np.int32)

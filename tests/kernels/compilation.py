@@ -17,6 +17,7 @@ from adaptive_head.vllm.kernels.commit import _commit_kernel
 TYPES = {
     "chosen_ptr": "*fp32",
     "counts_ptr": "*i64",
+    "first_positions_ptr": "*i64",
     "first_row": "i32",
     "has_abstained_ptr": "*u8",
     "head_index": "i32",

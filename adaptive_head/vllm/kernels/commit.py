@@ -38,6 +38,7 @@ def _commit_kernel(
     has_abstained_ptr,
     markers_ptr,
     recent_ptr,
+    first_positions_ptr,
     is_answer_ptr,
     counts_ptr,
 ):
@@ -73,6 +74,7 @@ def _commit_kernel(
     if policy == _TWO_PHASE:
         slot_markers_ptr = markers_ptr + slot * 2 * _WINDOW
         slot_recent_ptr = recent_ptr + slot * _WINDOW
+        first_position = tl.load(first_positions_ptr + slot)
         is_answer = tl.load(is_answer_ptr + slot).to(tl.int32)
         for num_read in range(1, num_sampled + 1):
             is_answer = read_token(
@@ -81,11 +83,19 @@ def _commit_kernel(
                 slot_recent_ptr,
                 logits_indices_ptr,
                 input_ids_ptr,
+                positions_ptr,
+                first_position,
                 first_row,
                 num_read,
             )
         window = load_window(
-            slot_recent_ptr, logits_indices_ptr, input_ids_ptr, first_row, num_sampled
+            slot_recent_ptr,
+            logits_indices_ptr,
+            input_ids_ptr,
+            positions_ptr,
+            first_position,
+            first_row,
+            num_sampled,
         )
         # Each lane writes what another one reads.
         tl.debug_barrier()
@@ -119,6 +129,7 @@ def commit(
         table.has_abstained.view(torch.uint8),
         phases.markers,
         phases.recent,
+        phases.first_positions,
         phases.is_answer.view(torch.uint8),
         table.counts,
         num_warps=1,

@@ -13,8 +13,20 @@ _WINDOW = tl.constexpr(MAX_MARKER_TOKENS)
 
 
 @triton.jit
-def load_window(recent_ptr, logits_indices_ptr, input_ids_ptr, first_row, num_read):
-    """int64 [8]: a request's latest tokens, once `num_read` of the step's inputs have been read."""
+def load_window(
+    recent_ptr,
+    logits_indices_ptr,
+    input_ids_ptr,
+    positions_ptr,
+    first_position,
+    first_row,
+    num_read,
+):
+    """int64 [8]: a request's latest tokens, once `num_read` of the step's inputs have been read.
+
+    Args:
+        first_position: that of the first token that counts.
+    """
     lane = tl.arange(0, _WINDOW)
     place = lane + num_read
     earlier = tl.load(recent_ptr + place, mask=place < _WINDOW, other=_NOTHING)
@@ -22,6 +34,8 @@ def load_window(recent_ptr, logits_indices_ptr, input_ids_ptr, first_row, num_re
     row = first_row + place - _WINDOW
     index = tl.load(logits_indices_ptr + row, mask=is_input, other=0)
     token = tl.load(input_ids_ptr + index, mask=is_input, other=0).to(tl.int64)
+    position = tl.load(positions_ptr + index, mask=is_input, other=0)
+    token = tl.where(position >= first_position, token, _NOTHING)
     return tl.where(is_input, token, earlier)
 
 
@@ -41,6 +55,8 @@ def read_token(
     recent_ptr,
     logits_indices_ptr,
     input_ids_ptr,
+    positions_ptr,
+    first_position,
     first_row,
     num_read,
 ):
@@ -48,8 +64,17 @@ def read_token(
 
     Args:
         is_answer: the same after one input less. Where both markers end, the answer begins.
+        first_position: as in `load_window`.
     """
-    window = load_window(recent_ptr, logits_indices_ptr, input_ids_ptr, first_row, num_read)
+    window = load_window(
+        recent_ptr,
+        logits_indices_ptr,
+        input_ids_ptr,
+        positions_ptr,
+        first_position,
+        first_row,
+        num_read,
+    )
     is_end = _ends_with(window, markers_ptr + _END * _WINDOW)
     is_start = _ends_with(window, markers_ptr + _START * _WINDOW)
     return tl.where(is_end, 1, tl.where(is_start, 0, is_answer))

@@ -44,6 +44,7 @@ def _choose_by_policy_kernel(
     lists_ptr,
     markers_ptr,
     recent_ptr,
+    first_positions_ptr,
     is_answer_ptr,
 ):
     request = tl.program_id(0)
@@ -53,6 +54,7 @@ def _choose_by_policy_kernel(
     policy = tl.load(policies_ptr + slot)
     chosen = tl.load(chosen_ptr + slot)
     prompt_len = tl.load(prompt_lens_ptr + slot)
+    first_position = tl.load(first_positions_ptr + slot)
     is_answer = tl.load(is_answer_ptr + slot).to(tl.int32)
     options_ptr += slot * _NUM_COLUMNS
     markers_ptr += slot * 2 * _WINDOW
@@ -85,6 +87,8 @@ def _choose_by_policy_kernel(
                 recent_ptr,
                 logits_indices_ptr,
                 input_ids_ptr,
+                positions_ptr,
+                first_position,
                 first_row,
                 row - first_row + 1,
             )
@@ -120,6 +124,7 @@ def choose_by_policy(choices: Choices, batch: Batch, table: SlotTable) -> None:
         table.lists,
         phases.markers,
         phases.recent,
+        phases.first_positions,
         phases.is_answer.view(torch.uint8),
         num_warps=1,
     )
