@@ -9,6 +9,7 @@ and decoded as the message between the two processes is; only the socket is left
 import asyncio
 import heapq
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from time import monotonic
@@ -72,6 +73,7 @@ class Answer:
     started: float = 0.0
     num_sent: int = 0
     last: int | None = None
+    is_answer: bool = False
 
 
 class MockCore(EngineCoreClient):
@@ -119,6 +121,8 @@ class MockCore(EngineCoreClient):
         # Without the validation, which a real engine does in another process.
         options = Options(**fields) if fields else None
         answer = Answer(request, params, options, rng, num_tokens)
+        if options is not None and options.policy == "two_phase":
+            answer.is_answer = begins_with_answer(request.prompt_token_ids or [], options)
         self._waiting[request.request_id] = answer
         self._start_waiting()
         self._changed.set()
@@ -246,7 +250,24 @@ def choose_temperature(answer: Answer, options: Options, position: int) -> float
         return options.parameters[0] * answer.rng.random()
     if options.policy == "list":
         return options.temperatures[min(position, len(options.temperatures) - 1)]
+    if options.policy == "two_phase":
+        return options.parameters[answer.is_answer]
     return options.parameters[0]
+
+
+def begins_with_answer(prompt_token_ids: list[int], options: Options) -> bool:
+    """Whether thinking is over where a two-phase prompt ends. The mock's words end none."""
+    written = prompt_token_ids[max(0, len(prompt_token_ids) - options.num_written) :]
+    for end in range(len(written), 0, -1):
+        if ends_with(written[:end], options.marker_token_ids):
+            return True
+        if ends_with(written[:end], options.start_token_ids):
+            return False
+    return False
+
+
+def ends_with(token_ids: list[int], marker: Sequence[int]) -> bool:
+    return bool(marker) and token_ids[-len(marker) :] == list(marker)
 
 
 def bound(temperature: float, options: Options) -> int:

@@ -1,9 +1,10 @@
 """Is a request adaptive, and can it be served? Decided here, before the engine sees it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import Request
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.exceptions import VLLMValidationError
 
 from adaptive_head.operator_policy import bound_options, fill_in
@@ -51,10 +52,19 @@ class AdaptiveState:
         return stripped if stripped != name and stripped in self.served_names else None
 
 
+def serve_adaptive_names(models: OpenAIServingModels, state: AdaptiveState) -> None:
+    """Let every route know the adaptive names, also one that generates nothing."""
+    # The list is also that of `models.registry`; the first is the name that answers have.
+    paths = {path.name: path for path in models.base_model_paths}
+    models.base_model_paths += [
+        replace(paths[name], name=state.adaptive_name(name)) for name in state.served_names
+    ]
+
+
 def admit(request: AdaptiveFields, raw_request: Request) -> None:
     """Make a request adaptive if it asks for that; an ordinary one stays as it is.
 
-    An adaptive one holds its head from here on, until `AdaptiveRoute` releases it.
+    An adaptive one holds its head from here on, until `Holding` releases it.
 
     Raises:
         VLLMValidationError: it asks for something that cannot be served (a 400).

@@ -9,8 +9,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
+from server.phases import mark_beginning
 from server.record import RequestRecord, current_record
-from server.report import PromptReport, find_prompt_report
+from server.report import PromptReport, current_report, find_prompt_report
 
 
 class EngineProxy:
@@ -41,6 +42,8 @@ class EngineProxy:
             raise VLLMValidationError(
                 "the heads were made for the base model, not for an adapter", parameter="model"
             )
+        if report is not None and report.options.policy == "two_phase":
+            sampling_params = mark_beginning(sampling_params, prompt, current_report())
         outputs = self._engine_client.generate(prompt, sampling_params, request_id, **kwargs)
         is_read = report is not None or record is not None
         return read_outputs(outputs, report, record) if is_read else outputs

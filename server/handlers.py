@@ -10,16 +10,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from vllm import __version_tuple__
+from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
-from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
-from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from server.report import Report
-from server.stream import ChunkWriter, write_chunks, write_events
+from server.stream import ChunkWriter, write_chunks
 
 # vLLM 0.33 makes a chat's chunks as objects first; 0.32 only as text.
 HAS_CHUNK_OBJECTS = __version_tuple__[:2] >= (0, 33)
@@ -46,6 +45,18 @@ class AdaptiveServingChat(OpenAIServingChat):
         self, request: Any, *args: Any, **kwargs: Any
     ) -> Coroutine[Any, Any, ErrorResponse | ChatCompletionResponse]:
         answer = super().chat_completion_full_generator(request, *args, **kwargs)
+        if (report := find_shown_report(request)) is None:
+            return answer
+        return describe_chat(answer, report, shows_tokens(request, report, self.parser_cls))
+
+
+class AdaptiveServingChatBatch(OpenAIServingChatBatch):
+    """`/v1/chat/completions/batch`"""
+
+    def chat_completion_full_generator_batch(
+        self, request: Any, *args: Any, **kwargs: Any
+    ) -> Coroutine[Any, Any, ErrorResponse | ChatCompletionResponse]:
+        answer = super().chat_completion_full_generator_batch(request, *args, **kwargs)
         if (report := find_shown_report(request)) is None:
             return answer
         return describe_chat(answer, report, shows_tokens(request, report, self.parser_cls))
@@ -80,35 +91,6 @@ class AdaptiveServingCompletion(OpenAIServingCompletion):
         if (report := find_shown_report(request)) is not None:
             describe_choices(answer, report, report.detail == "tokens")
         return answer
-
-
-class AdaptiveServingResponses(OpenAIServingResponses):
-    """`/v1/responses`"""
-
-    def responses_stream_generator(
-        self, request: Any, *args: Any, **kwargs: Any
-    ) -> AsyncGenerator[Any, None]:
-        events = super().responses_stream_generator(request, *args, **kwargs)
-        if (report := find_report(request)) is None:
-            return events
-        show_tokens = shows_tokens(request, report, self.parser)
-        return write_events(events, report, show_tokens, hold_head(request, report))
-
-    def responses_full_generator(
-        self, request: Any, *args: Any, **kwargs: Any
-    ) -> Coroutine[Any, Any, ErrorResponse | ResponsesResponse]:
-        answer = super().responses_full_generator(request, *args, **kwargs)
-        report = find_report(request)
-        return answer if report is None else self._describe(answer, request, report)
-
-    async def _describe(
-        self, answer: Coroutine[Any, Any, Any], request: Any, report: Report
-    ) -> ErrorResponse | ResponsesResponse:
-        with hold_head(request, report):
-            response = await answer
-        if report.detail != "none" and isinstance(response, ResponsesResponse):
-            response.adaptive = report[0].describe(shows_tokens(request, report, self.parser))
-        return response
 
 
 def hold_head(request: Any, report: Report) -> AbstractContextManager[None]:

@@ -21,40 +21,45 @@ from adaptive_head.options import AdaptiveRequest
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
 from adaptive_head.vllm.settings import AdaptiveSettings, read_admin_key, read_settings
-from server.admission import AdaptiveState
+from server.admission import AdaptiveState, serve_adaptive_names
 from server.engine_proxy import EngineProxy
 from server.feature_probe import check_features
 from server.handlers import (
     AdaptiveServingChat,
+    AdaptiveServingChatBatch,
     AdaptiveServingCompletion,
-    AdaptiveServingResponses,
 )
 from server.head_control import HeadControl
 from server.head_routes import make_head_router
 from server.heads import HeadRegistry, choose_default
+from server.invocations import make_invocations_router
 from server.limits.connections import bounded_connections
 from server.limits.door import Door
 from server.limits.grammars import check_grammars_in_threads
 from server.limits.messages import bound_messages
 from server.limits.queue import Queue, refuse_full
+from server.messages import AdaptiveServingMessages
 from server.metrics import AdaptiveMetrics
 from server.override_routes import make_override_router
+from server.phases import find_beginnings
 from server.playground import PLAYGROUND_PATH, make_playground_router
 from server.record import Observer, Recorder
 from server.request_log import RequestLog
-from server.routes import CHAT_PATH, COMPLETION_PATH, RESPONSES_PATH, make_router
+from server.responses import AdaptiveServingResponses, let_temperature_be_null
+from server.routes import ADAPTIVE_PATHS, Holding, make_router
 from server.shutdown import DRAIN, DrainingClient, Gate, bound_closing, note_end
 
 # A custom vLLM logger name must start with "vllm" for its configuration to apply.
 logger = init_logger("vllm.adaptive")
 
-RECORDED_PATHS = (CHAT_PATH, COMPLETION_PATH, RESPONSES_PATH)
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
 # vLLM's request handlers by their names in the application's state, and what becomes of them.
 HANDLERS: dict[str, type[Any]] = {
     "openai_serving_chat": AdaptiveServingChat,
     "openai_serving_completion": AdaptiveServingCompletion,
     "openai_serving_responses": AdaptiveServingResponses,
+    "openai_serving_chat_batch": AdaptiveServingChatBatch,
+    "anthropic_serving_messages": AdaptiveServingMessages,
 }
 
 
@@ -67,6 +72,8 @@ class AdaptiveEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Register the routes; vLLM lets them replace its own of the same path."""
         app.include_router(make_router())
+        app.include_router(make_invocations_router(app.routes))
+        let_temperature_be_null()
         app.include_router(make_head_router())
         app.include_router(make_override_router())
         args = app.state.args
@@ -77,12 +84,13 @@ class AdaptiveEndpoints:
         app.exception_handler(GracefulHTTPError)(refuse_full)
         app.state.queue = Queue()
         observers = make_observers(args, settings)
-        # The innermost, so that refusals are recorded and counted as answers of their routes.
+        # Inside of all others: refusals are recorded and counted as answers of their routes, and a
+        # request is one task from here on.
         door = Middleware(Door, limits=settings.limits, queue=app.state.queue)
-        app.user_middleware.append(door)
+        app.user_middleware += [door, Middleware(Holding)]
         app.add_middleware(Gate, drain=DRAIN)
         if observers:
-            app.add_middleware(Recorder, paths=RECORDED_PATHS, observers=observers)
+            app.add_middleware(Recorder, paths=ADAPTIVE_PATHS, observers=observers)
         app.router.lifespan_context = extend_lifespan(
             app.router.lifespan_context, observers, settings
         )
@@ -112,6 +120,8 @@ class AdaptiveEndpoints:
         tokenize = tokenizer and partial(tokenizer.encode, add_special_tokens=False)
         policy = settings.adaptive_policy or AdaptiveRequest()
         check_marker(policy, tokenize)
+        if tokenize is not None:
+            find_beginnings(engine_client.renderer, tokenize)
         metrics = AdaptiveMetrics(served_names[0], metadata)
         parallel = config.parallel_config
         admin_key = read_admin_key(
@@ -142,6 +152,7 @@ class AdaptiveEndpoints:
         )
         for name, handler_class in HANDLERS.items():
             extend_handler(getattr(state, name), handler_class, EngineProxy(engine_client))
+        serve_adaptive_names(state.openai_serving_models, state.adaptive)
         # Last, and seen by vLLM's launcher and probes only: what stops the server.
         state.engine_client = DrainingClient(engine_client, DRAIN)
 

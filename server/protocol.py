@@ -4,7 +4,11 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    BatchChatCompletionRequest,
+    ChatCompletionRequest,
+)
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
@@ -83,6 +87,33 @@ class AdaptiveResponsesRequest(AdaptiveFields, ResponsesRequest):
     """`/v1/responses`"""
 
     field_names: ClassVar[set[str] | None] = None
+
+
+class AdaptiveMessagesRequest(AdaptiveFields, AnthropicMessagesRequest):
+    """`/v1/messages`, which vLLM answers as a chat"""
+
+
+class AdaptiveBatchRequest(AdaptiveFields, BatchChatCompletionRequest):
+    """`/v1/chat/completions/batch`, of which vLLM makes a chat for each conversation"""
+
+    takes_many_prompts: ClassVar[bool] = True
+    field_names: ClassVar[set[str] | None] = None
+
+    def to_chat_completion_request(self, messages: list[Any]) -> ChatCompletionRequest:
+        # Without a field that a chat of vLLM's own does not have.
+        bare = self.model_copy(update={"adaptive": None})
+        chat = BatchChatCompletionRequest.to_chat_completion_request(bare, messages)
+        return carry_options(chat, self._report)
+
+
+def carry_options(chat: ChatCompletionRequest, report: Report | None) -> ChatCompletionRequest:
+    """Let a chat that vLLM has made of an adaptive request carry its options.
+
+    Its temperature is that of the request: 1, which vLLM leaves alone.
+    """
+    if report is not None:
+        chat.vllm_xargs = {**(chat.vllm_xargs or {}), **report.extra_args}
+    return chat
 
 
 def _check_temperature(value: Any) -> None:

@@ -138,7 +138,7 @@ def note_request(request: Any) -> None:
     """Remember what the body of the current request asked for."""
     if (record := _CURRENT.get()) is not None:
         record.model = bound(request.model)
-        record.is_stream = bool(request.stream)
+        record.is_stream = bool(getattr(request, "stream", False))
 
 
 def bound(text: str | None) -> str | None:

@@ -120,6 +120,7 @@ class Report:
 
     Attributes:
         extra_args: the options as the sampling parameters of each of its prompts carry them.
+        beginnings: how the answers to its chats begin, token ids; see `server.phases`.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Report:
         self.detail = detail
         self.is_override = is_override
         self.extra_args = options.to_extra_args()
+        self.beginnings: list[list[int]] = []
         self._num_choices = num_choices
         self._metrics = metrics
         self._takes_many_prompts = takes_many_prompts

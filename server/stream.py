@@ -2,16 +2,12 @@
 
 import re
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractContextManager, aclosing
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
-from openai.types.responses import ResponseErrorEvent
-from vllm.logger import init_logger
 
 from server.report import Report
-
-logger = init_logger("vllm.adaptive")
 
 # An unescaped quote cannot occur inside a JSON string, so these are keys: one with a text value,
 # and the choices' with the first key of the first. Every chunk of vLLM's has one choice, except for
@@ -84,37 +80,3 @@ async def write_chunks(
     async with aclosing(chunks):
         async for chunk in chunks:
             yield write(chunk)
-
-
-async def write_events(
-    events: AsyncGenerator[Any, None],
-    report: Report,
-    show_tokens: bool,
-    holding: AbstractContextManager[None],
-) -> AsyncGenerator[Any, None]:
-    """The events of the Responses API, the last of which says so where the stream broke.
-
-    vLLM says it in the other two streams; here it only closes the connection. Delta events list the
-    temperatures; the summary is on the completed response.
-
-    Args:
-        holding: entered for as long as there are events.
-    """
-    num_events = 0
-    try:
-        async with aclosing(events):
-            with holding:
-                async for event in events:
-                    num_events += 1
-                    is_delta = show_tokens and event.type.endswith(".delta")
-                    if is_delta and (temperatures := report[0].take_ready()):
-                        event.adaptive = {"temperatures": temperatures}
-                    yield event
-    except Exception as error:
-        logger.exception("the stream of a response broke")
-        yield ResponseErrorEvent(
-            type="error",
-            code="server_error",
-            message=f"the server could not go on: {type(error).__name__}",
-            sequence_number=num_events,
-        )

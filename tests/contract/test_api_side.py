@@ -11,6 +11,7 @@ from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Histogram
 from vllm import envs
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.anthropic import api_router as messages
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.generate import api_router as generate
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
@@ -61,20 +62,30 @@ from server.engine_proxy import EngineProxy
 from server.handlers import (
     HAS_CHUNK_OBJECTS,
     AdaptiveServingChat,
+    AdaptiveServingChatBatch,
     AdaptiveServingCompletion,
-    AdaptiveServingResponses,
 )
 from server.head_routes import HEADS_PATH
 from server.metrics import AdaptiveMetrics
 from server.plugin import AdaptiveEndpoints, require_engine_side
 from server.protocol import (
+    AdaptiveBatchRequest,
     AdaptiveChatCompletionRequest,
     AdaptiveCompletionRequest,
     AdaptiveFields,
+    AdaptiveMessagesRequest,
     AdaptiveResponsesRequest,
 )
 from server.report import Report
-from server.routes import CHAT_PATH, COMPLETION_PATH, MODELS_PATH, RESPONSES_PATH
+from server.responses import AdaptiveServingResponses
+from server.routes import (
+    BATCH_PATH,
+    CHAT_PATH,
+    COMPLETION_PATH,
+    MESSAGES_PATH,
+    MODELS_PATH,
+    RESPONSES_PATH,
+)
 from server.stream import _CHOICE, _FINISHED, _TOKENS_KEY
 from tests.contract.helpers import assert_in_order, assert_parameters, parse, source
 
@@ -85,6 +96,8 @@ PATHS = {
     CHAT_PATH: AdaptiveChatCompletionRequest,
     COMPLETION_PATH: AdaptiveCompletionRequest,
     RESPONSES_PATH: AdaptiveResponsesRequest,
+    BATCH_PATH: AdaptiveBatchRequest,
+    MESSAGES_PATH: AdaptiveMessagesRequest,
 }
 BODIES = [
     (AdaptiveChatCompletionRequest, {"messages": [{"role": "user", "content": "x"}]}),
@@ -145,8 +158,6 @@ def test_our_routes_take_the_place_of_vllms(app, path, method):
 def test_other_routes_stay_vllms(app):
     (route,) = routes_of(app, "/v1/responses/{response_id}", "GET")
     assert route.endpoint is responses.retrieve_responses
-    (route,) = routes_of(app, "/v1/chat/completions/batch", "POST")
-    assert route.endpoint is chat.create_batch_chat_completion
 
 
 def test_our_routes_keep_the_checks_and_error_forms_of_vllms(app):
@@ -154,6 +165,8 @@ def test_our_routes_keep_the_checks_and_error_forms_of_vllms(app):
         (chat.router, CHAT_PATH),
         (completion.router, COMPLETION_PATH),
         (responses.router, RESPONSES_PATH),
+        (chat.router, BATCH_PATH),
+        (messages.router, MESSAGES_PATH),
     ):
         (stock,) = [route for route in router.routes if route.path == path]
         (ours,) = routes_of(app, path, "POST")
@@ -287,6 +300,7 @@ def test_names_that_the_routes_take_from_vllms_modules():
             AdaptiveServingResponses,
             {"responses_stream_generator": 2, "responses_full_generator": 3},
         ),
+        (AdaptiveServingChatBatch, {"chat_completion_full_generator_batch": 1}),
     ],
 )
 def test_every_answer_is_made_by_a_method_that_we_override(ours, calls):

@@ -237,6 +237,38 @@ def begin_main_server(background: Background) -> None:
     begin_server(background, "main", command, **environment)
 
 
+# A reasoning model's, which thinks unless it is told not to.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif -%}
+"""
+
+
+@pytest.fixture(scope="session")
+def mock_server(background, heads) -> Iterator[Server]:
+    """The mock engine behind the whole front end; it starts in seconds."""
+    template = background.folder / "template.jinja"
+    template.write_text(CHAT_TEMPLATE)
+    options = [f"--head={name}={folder}" for name, folder in heads.items()]
+    options += [f"--chat-template={template}", "--disable-uvicorn-access-log"]
+    options += [f"--served-model-name={MODEL}", "--max-model-len=2048"]
+    options += ["--enable-auto-tool-choice", "--tool-call-parser=hermes"]
+    command = [sys.executable, "-m", "loadtests", "mock-server", "--ttft=0", "--itl=0", *options]
+    log = background.folder / "mock.txt"
+    with running(command, log, VLLM_ENABLE_RESPONSES_API_STORE="1") as server:
+        server.wait_until_ready()
+        yield server
+
+
 @pytest.fixture
 def ending_server(server) -> Server:
     """The same, for a test that ends it."""

@@ -16,14 +16,18 @@ from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
 from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.sampling_params import SamplingParams
 
 from server.engine_proxy import EngineProxy
-from server.handlers import AdaptiveServingChat, AdaptiveServingResponses
+from server.handlers import AdaptiveServingChat
 from server.metrics import AdaptiveMetrics
 from server.report import set_current_report
-from server.routes import CHAT_PATH, RESPONSES_PATH, make_router
+from server.responses import AdaptiveServingResponses
+from server.routes import CHAT_PATH, RESPONSES_PATH, Holding, make_router
 from tests.server.fakes import HEADS, make_output, make_report, make_state, sample
 from tests.server.test_streams import MESSAGES, make_handler
+
+PARAMS = SamplingParams(max_tokens=9)
 
 
 class Engine:
@@ -59,6 +63,7 @@ class Server:
         )
         self.app = FastAPI()
         self.app.include_router(make_router())
+        self.app.add_middleware(Holding)
         init_exception_handler(self.app)
         for name, value in {
             "adaptive": self.adaptive,
@@ -93,13 +98,13 @@ class Server:
         handler = self.responses
         if not request.background:
             if request.stream:
-                return handler.responses_stream_generator(request, self.engine)
-            return await handler.responses_full_generator(request, self.engine)
+                return handler.responses_stream_generator(request, PARAMS, self.engine)
+            return await handler.responses_full_generator(request, PARAMS, self.engine)
         handler.event_store = {}
         run = handler._run_background_request
         if request.stream:
             run = handler._run_background_request_stream
-        self.background.append(asyncio.create_task(run(request, self.engine)))
+        self.background.append(asyncio.create_task(run(request, PARAMS, self.engine)))
         return ResponsesResponse.model_construct(id="r", status="queued")
 
     async def ask(self, connection, path=CHAT_PATH, **fields) -> None:
@@ -274,12 +279,12 @@ def turns(monkeypatch):
             if turn == 0:
                 await tool.wait()
 
-    async def whole(handler, request, engine):
+    async def whole(handler, request, params, engine):
         async for _ in generate(request, engine):
             pass
         return ResponsesResponse.model_construct()
 
-    async def stream(handler, request, engine):
+    async def stream(handler, request, params, engine):
         async for event in generate(request, engine):
             yield event
 

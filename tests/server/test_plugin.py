@@ -6,17 +6,25 @@ import pytest
 from fastapi import FastAPI
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.sampling_params import SamplingParams
 
 from adaptive_head.operator_policy import make_constant, read_policy
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError
-from server.handlers import AdaptiveServingResponses
 from server.head_routes import HEADS_PATH
 from server.override_routes import OVERRIDE_PATH
 from server.playground import PLAYGROUND_PATH
 from server.plugin import AdaptiveEndpoints, announce, require_engine_side
 from server.protocol import AdaptiveResponsesRequest
-from server.routes import CHAT_PATH, COMPLETION_PATH, MODELS_PATH, RESPONSES_PATH
+from server.responses import AdaptiveServingResponses
+from server.routes import (
+    BATCH_PATH,
+    CHAT_PATH,
+    COMPLETION_PATH,
+    MESSAGES_PATH,
+    MODELS_PATH,
+    RESPONSES_PATH,
+)
 from tests.server.fakes import describe_head, feed, make_report, make_state
 
 ARGS = Namespace(
@@ -110,8 +118,10 @@ def test_the_routes_are_those_of_vllm_and_the_list_of_heads():
     added = {path for path in app.openapi()["paths"]} - known
     assert added == {
         CHAT_PATH,
+        BATCH_PATH,
         COMPLETION_PATH,
         RESPONSES_PATH,
+        MESSAGES_PATH,
         MODELS_PATH,
         HEADS_PATH,
         HEADS_PATH + "/{name}",
@@ -130,14 +140,17 @@ def test_the_playground_is_there_unless_it_is_switched_off(announced):
         assert (PLAYGROUND_PATH in announced(args=args)) == is_there
 
 
+PARAMS = SamplingParams(max_tokens=1)
+
+
 @pytest.fixture
 def respond(monkeypatch):
     """The finished response and the delta of one token, by our handler over vLLM's."""
 
-    async def full(handler, request):
+    async def full(handler, request, params):
         return ResponsesResponse.model_construct()
 
-    async def stream(handler, request):
+    async def stream(handler, request, params):
         yield SimpleNamespace(type="response.output_text.delta")
 
     monkeypatch.setattr(OpenAIServingResponses, "responses_full_generator", full)
@@ -146,8 +159,8 @@ def respond(monkeypatch):
     async def run(request, parser=None):
         handler = AdaptiveServingResponses.__new__(AdaptiveServingResponses)
         handler.parser = parser
-        response = await handler.responses_full_generator(request)
-        (delta,) = [event async for event in handler.responses_stream_generator(request)]
+        response = await handler.responses_full_generator(request, PARAMS)
+        (delta,) = [event async for event in handler.responses_stream_generator(request, PARAMS)]
         return (response.model_extra or {}).get("adaptive"), getattr(delta, "adaptive", None)
 
     return run

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from server.stream import ChunkWriter, write_chunks, write_events
+from server.responses import write_events
+from server.stream import ChunkWriter, write_chunks
 from tests.server.fakes import feed, make_report
 
 

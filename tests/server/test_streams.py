@@ -22,10 +22,10 @@ from server.handlers import (
     HAS_CHUNK_OBJECTS,
     AdaptiveServingChat,
     AdaptiveServingCompletion,
-    AdaptiveServingResponses,
 )
 from server.protocol import AdaptiveChatCompletionRequest, AdaptiveCompletionRequest
 from server.report import set_current_report
+from server.responses import AdaptiveServingResponses
 from tests.server.fakes import make_mask, make_report
 
 # A name that looks like all that is searched for.
