@@ -65,7 +65,8 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
     CMD ["curl", "--fail", "--silent", "--output", "/dev/null", "http://127.0.0.1:8000/health"]
-ENTRYPOINT ["adaptive-serve"]
+# A container is reached from outside only; where, is for who runs it to say.
+ENTRYPOINT ["adaptive-serve", "--host=0.0.0.0"]
 
 
 # The same on another base. The last stage is what a build without --target makes.
@@ -97,4 +98,5 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
     CMD ["curl", "--fail", "--silent", "--output", "/dev/null", "http://127.0.0.1:8000/health"]
-ENTRYPOINT ["adaptive-serve"]
+# A container is reached from outside only; where, is for who runs it to say.
+ENTRYPOINT ["adaptive-serve", "--host=0.0.0.0"]

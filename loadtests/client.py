@@ -15,6 +15,7 @@ from geventhttpclient.response import HTTPParseError, HTTPSocketPoolResponse
 from loadtests.accounts import Accounts, Entry
 from loadtests.answers import Answer, ServerError, read_stream
 from loadtests.checks import WrongAnswerError, check_answer, check_beginning
+from loadtests.settings import make_headers
 from loadtests.target import Target
 from loadtests.workload import Ask
 
@@ -43,6 +44,7 @@ class Client:
         self._target = target
         self._accounts = accounts
         self._fire = fire
+        self._headers = _HEADERS | make_headers()
         self._http = self._connect()
         self._last_used = perf_counter()
 
@@ -81,7 +83,9 @@ class Client:
 
     def _read(self, ask: Ask, answer: Answer, entry: Entry) -> None:
         start = perf_counter()
-        response = self._http.request("POST", ask.path, json.dumps(ask.body).encode(), _HEADERS)
+        response = self._http.request(
+            "POST", ask.path, json.dumps(ask.body).encode(), self._headers
+        )
         try:
             if response.status_code != 200:
                 raise _refuse(response, entry)

@@ -1,7 +1,8 @@
 """What locust loads: `locust -f loadtests/locustfile.py --host http://127.0.0.1:8000`.
 
 Environment variables say what is run: LOADTEST_SCENARIO (a scenario's name or file; steady),
-LOADTEST_SCALE (times the scenario's users; 1), LOADTEST_DURATION (seconds; the scenario's own).
+LOADTEST_SCALE (times the scenario's users; 1), LOADTEST_DURATION (seconds; the scenario's own),
+VLLM_API_KEY (the server's; none).
 """
 
 import logging

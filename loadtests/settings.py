@@ -8,6 +8,8 @@ from loadtests.scenario import Scenario, ScenarioError, load_scenario
 SCENARIO = "LOADTEST_SCENARIO"
 SCALE = "LOADTEST_SCALE"
 DURATION = "LOADTEST_DURATION"
+# The name under which vLLM's server reads it.
+API_KEY = "VLLM_API_KEY"
 DEFAULT_SCENARIO = "steady"
 
 
@@ -21,6 +23,12 @@ def read_scenario(environment: Mapping[str, str] = os.environ) -> Scenario:
     duration = _read_number(environment, DURATION)
     scenario = load_scenario(environment.get(SCENARIO) or DEFAULT_SCENARIO)
     return scenario.adjust(1.0 if scale is None else scale, duration)
+
+
+def make_headers(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What shows the API key of the environment to a server; empty where there is none."""
+    key = environment.get(API_KEY)
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _read_number(environment: Mapping[str, str], name: str) -> float | None:

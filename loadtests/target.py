@@ -8,6 +8,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests.scenario import Style
+from loadtests.settings import API_KEY, make_headers
 
 ADAPTIVE_TOKENS = "adaptive_temperature_count"
 ALL_TOKENS = "vllm:generation_tokens_total"
@@ -113,13 +114,18 @@ def _ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
 def _send(url: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
     try:
         method = "GET" if body is None else "POST"
-        response = httpx.request(method, f"{url}{path}", json=body, timeout=_TIMEOUT_S)
+        headers = make_headers()
+        response = httpx.request(
+            method, f"{url}{path}", json=body, headers=headers, timeout=_TIMEOUT_S
+        )
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise TargetError(f"nobody answers at {url!r} ({error})") from None
     if response.status_code == 404:
         raise TargetError(
             f"{url}{path} is not there: is this the address of an adaptive-head-server?"
         )
+    if response.status_code == 401:
+        raise TargetError(f"{url}{path} wants an API key: give it in the environment, as {API_KEY}")
     if not response.is_success:
         raise TargetError(f"{url}{path} answers {response.status_code}: {response.text[:300]}")
     return response

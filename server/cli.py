@@ -37,6 +37,8 @@ PLUGIN_GROUPS = (
 
 # vLLM's own default, 0, cuts off every answer that a restart finds running.
 SHUTDOWN_TIMEOUT_S = 30
+# Where no key keeps strangers out; vLLM would listen on all addresses.
+LOCAL_HOST = "127.0.0.1"
 
 DESCRIPTION = """\
 An OpenAI-compatible server that chooses its own temperature: send
@@ -50,7 +52,7 @@ Every option of `vllm serve` is accepted too: `adaptive-serve --help=all` lists 
 `--help=KEYWORD` those of a section or about a word. On a CPU, unless given otherwise,
 the model runs in eager mode, with 2 GiB of KV cache, and in the dtype of its weights
 if the processor has instructions for bfloat16 (AVX-512 BF16, AMX, Arm's BF16), else in
-float32.
+float32. Without --host and without an API key (VLLM_API_KEY) it listens on 127.0.0.1 only.
 
 examples:
   adaptive-serve
@@ -116,6 +118,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--no-playground",
         action="store_true",
         help="leave out the page at /playground, which needs no key itself",
+    )
+    parser.add_argument(
+        "--metrics-without-key",
+        action="store_true",
+        help="on a server with an API key, let everyone read /metrics",
     )
     parser.add_argument(
         "--heads-dir",
@@ -188,6 +195,7 @@ def prepare_args(ours: Namespace, vllm_argv: list[str]) -> Namespace:
         verify_base=not ours.no_verify_base,
         request_log=ours.request_log,
         playground=not ours.no_playground,
+        metrics_without_key=ours.metrics_without_key,
         heads_dir=ours.heads_dir and ours.heads_dir.expanduser().resolve(),
         adaptive_policy=parse_policy(ours.adaptive_policy),
         adaptive_max=parse_max(ours.adaptive_max),
@@ -248,6 +256,7 @@ def parse_vllm(vllm_argv: list[str]) -> Namespace:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from adaptive_head.vllm.moved import cli_env_setup, make_arg_parser, validate_parsed_serve_args
+    from server.keys import read_api_keys
 
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="adaptive-serve"))
@@ -263,6 +272,8 @@ def parse_vllm(vllm_argv: list[str]) -> Namespace:
     args.model_tag = args.model_tag or args.model
     if args.max_num_queued_reqs is None:
         args.max_num_queued_reqs = DEFAULT_MAX_QUEUED * max(1, args.data_parallel_size)
+    if args.host is None and not read_api_keys(args):
+        args.host = LOCAL_HOST
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     return args

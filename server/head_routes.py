@@ -1,13 +1,12 @@
 """`/v1/adaptive/heads`: what serves adaptive requests, and, with the admin key, changing it."""
 
-import hmac
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from types import EllipsisType
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, HTTPException, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.params import Depends
 from pydantic import BaseModel, ConfigDict, Field
 from vllm.exceptions import VLLMError, VLLMValidationError
@@ -17,7 +16,6 @@ from server.head_control import HeadConflictError, HeadControl, WorkerError
 from server.heads import Canary, HeadRegistry, ServedHead
 
 HEADS_PATH = "/v1/adaptive/heads"
-ADMIN_KEY_HEADER = "X-Admin-Key"
 
 
 class _Strict(BaseModel):
@@ -47,7 +45,7 @@ class ChangeRequest(_Strict):
 
 
 def make_head_router() -> APIRouter:
-    """The routes; those that change heads answer 403 where control is off, 401 without the key."""
+    """The routes; those that change heads work behind `server.admin_key` only."""
     router = APIRouter()
     router.get(HEADS_PATH)(show_heads)
     router.get(HEADS_PATH + "/{name}/training")(show_training)
@@ -75,24 +73,10 @@ async def show_training(name: str, raw_request: Request) -> Response:
     return Response(metadata.model_dump_json(include={"training"}), media_type="application/json")
 
 
-def require_control(
-    raw_request: Request,
-    key: Annotated[str | None, Header(alias=ADMIN_KEY_HEADER)] = None,
-) -> HeadControl:
-    """The control of the heads, for a request with the admin key."""
-    state: AdaptiveState = raw_request.app.state.adaptive
-    if state.control is None:
-        raise HTTPException(
-            HTTPStatus.FORBIDDEN,
-            "changes at run time are off; "
-            "start adaptive-serve with ADAPTIVE_ADMIN_KEY and --heads-dir",
-        )
-    if not hmac.compare_digest((key or "").encode(), state.control.admin_key.encode()):
-        state.metrics.count_change("key", "refused")
-        raise HTTPException(
-            HTTPStatus.UNAUTHORIZED, f"the header {ADMIN_KEY_HEADER} must hold the admin key"
-        )
-    return state.control
+def require_control(raw_request: Request) -> HeadControl:
+    """The control of the heads, which `server.admin_key` gives a request with the admin key."""
+    control: HeadControl = raw_request.state.control
+    return control
 
 
 Control = Annotated[HeadControl, Depends(require_control)]

@@ -100,6 +100,13 @@ class AdaptiveMetrics:
             registry=registry,
             multiprocess_mode="max",
         )
+        self._unauthorized = Counter(
+            "adaptive_unauthorized_requests",
+            "Requests refused because their API key was missing or wrong.",
+            ("model",),
+            registry=registry,
+        )
+        self._unauthorized.labels(model)
         self.set_override(False)
         for name, head in heads.items():
             self.add_head(name, head)
@@ -150,6 +157,10 @@ class AdaptiveMetrics:
     def count_change(self, action: str, result: str) -> None:
         """Somebody has tried to change heads or the override."""
         self._head_changes.labels(self._model, action, result).inc()
+
+    def count_unauthorized(self) -> None:
+        """A request came without an API key, or with a wrong one."""
+        self._unauthorized.labels(self._model).inc()
 
     def count_request(self, options: Options) -> None:
         """A prompt is being handed to the engine, which may still refuse it."""

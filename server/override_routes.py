@@ -20,7 +20,7 @@ class OverrideRequest(BaseModel):
 
 
 def make_override_router() -> APIRouter:
-    """The routes; those that change it answer 403 where control is off, 401 without the key."""
+    """The routes; those that change it work behind `server.admin_key` only."""
     router = APIRouter()
     router.get(OVERRIDE_PATH)(show_override)
     router.put(OVERRIDE_PATH)(set_override)

@@ -5,11 +5,13 @@ from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from ipaddress import ip_address
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.datastructures import State
 from starlette.middleware import Middleware
+from starlette.routing import Route
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GracefulHTTPError
 from vllm.logger import init_logger
@@ -21,6 +23,7 @@ from adaptive_head.options import AdaptiveRequest
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError, refuse_unsupported
 from adaptive_head.vllm.settings import AdaptiveSettings, read_admin_key, read_settings
+from server.admin_key import AdminKey
 from server.admission import AdaptiveState, serve_adaptive_names
 from server.engine_proxy import EngineProxy
 from server.feature_probe import check_features
@@ -33,6 +36,7 @@ from server.head_control import HeadControl
 from server.head_routes import make_head_router
 from server.heads import HeadRegistry, choose_default
 from server.invocations import make_invocations_router
+from server.keys import ApiKeys, list_open_paths, read_api_keys, replace_stock_check
 from server.limits.connections import bounded_connections
 from server.limits.door import Door
 from server.limits.grammars import check_grammars_in_threads
@@ -52,6 +56,8 @@ from server.shutdown import DRAIN, DrainingClient, Gate, bound_closing, note_end
 # A custom vLLM logger name must start with "vllm" for its configuration to apply.
 logger = init_logger("vllm.adaptive")
 
+# Where vLLM listens unless it is told otherwise.
+ALL_ADDRESSES = "0.0.0.0"
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
 # vLLM's request handlers by their names in the application's state, and what becomes of them.
 HANDLERS: dict[str, type[Any]] = {
@@ -78,19 +84,25 @@ class AdaptiveEndpoints:
         app.include_router(make_override_router())
         args = app.state.args
         settings = read_settings(args.additional_config)
-        if settings.playground:
-            app.include_router(make_playground_router())
+        page = make_playground_router() if settings.playground else APIRouter()
+        app.include_router(page)
         bound_messages()
         app.exception_handler(GracefulHTTPError)(refuse_full)
         app.state.queue = Queue()
         observers = make_observers(args, settings)
         # Inside of all others: refusals are recorded and counted as answers of their routes, and a
-        # request is one task from here on.
+        # request is one task from here on. The admin key comes before `Door`, which reads the body.
         door = Middleware(Door, limits=settings.limits, queue=app.state.queue)
-        app.user_middleware += [door, Middleware(Holding)]
+        app.user_middleware += [Middleware(AdminKey), door, Middleware(Holding)]
         app.add_middleware(Gate, drain=DRAIN)
         if observers:
             app.add_middleware(Recorder, paths=ADAPTIVE_PATHS, observers=observers)
+        if keys := read_api_keys(args):
+            paths = [route.path for route in page.routes if isinstance(route, Route)]
+            open_paths = list_open_paths(paths, metrics=settings.metrics_without_key)
+            app.add_middleware(ApiKeys, keys=keys, open_paths=open_paths)
+        # vLLM adds its own check of keys later, which `init_state` replaces.
+        app.state.application = app
         app.router.lifespan_context = extend_lifespan(
             app.router.lifespan_context, observers, settings
         )
@@ -127,6 +139,7 @@ class AdaptiveEndpoints:
         admin_key = read_admin_key(
             settings.heads_dir, parallel._api_process_count, parallel.enable_elastic_ep
         )
+        replace_stock_check(state.application)
         check_grammars_in_threads(engine_client, settings.limits)
         state.queue.watch(engine_client)
         control = None
@@ -233,16 +246,25 @@ def describe_evidence(metadata: HeadMetadata) -> str:
     return f"trained, gate: {metadata.gate or 'not run'}"
 
 
+def is_local(host: str | None) -> bool:
+    """Whether only this machine's own programs reach a server that listens there."""
+    try:
+        return host == "localhost" or ip_address(host or ALL_ADDRESSES).is_loopback
+    except ValueError:
+        return False
+
+
 def announce(state: AdaptiveState, args: Namespace) -> None:
     """Say in a few lines what is served, where, with which heads."""
     name = state.served_names[0]
     scheme = "https" if args.ssl_certfile else "http"
-    url = args.uds or f"{scheme}://{args.host or '0.0.0.0'}:{args.port}/v1"
+    url = args.uds or f"{scheme}://{args.host or ALL_ADDRESSES}:{args.port}/v1"
     default = "adaptive" if state.adaptive_by_default else "the model's default"
     lines = [
         f"adaptive temperatures for {name}",
         f'  at      {url} (temperature: "adaptive", or model "{state.adaptive_name(name)}")',
         f"  default {default}, where a request names no temperature",
+        f"  API key {'needed' if read_api_keys(args) else 'none: whoever reaches it may use it'}",
     ]
     for head in state.heads:
         is_default = ", default" if head.name == state.heads.default else ""
@@ -264,6 +286,11 @@ def announce(state: AdaptiveState, args: Namespace) -> None:
         lines.append(f"  OVERRIDE: every adaptive request gets {temperature:g}")
     for line in lines:
         logger.info("%s", line)
+    if not (read_api_keys(args) or args.uds or is_local(args.host)):
+        logger.warning(
+            "The server has no API key and listens beyond this machine: set VLLM_API_KEY, or see "
+            "to it that only those reach it who may use it"
+        )
     default_head = state.heads.by_name.get(state.heads.default or "")
     if default_head is not None and default_head.metadata.gate == "failed":
         logger.warning(

@@ -17,6 +17,8 @@ CONFIG_KEY = "adaptive"
 CPU_KV_CACHE_BYTES = 2 << 30
 # In the environment, where no list of processes shows it.
 ADMIN_KEY_VARIABLE = "ADAPTIVE_ADMIN_KEY"
+# Of characters. Guesses are slowed down, but it is the length that makes them hopeless.
+MIN_ADMIN_KEY_LEN = 16
 
 
 def _read_policy(value: Any) -> AdaptiveRequest | None:
@@ -40,6 +42,7 @@ class AdaptiveSettings(BaseModel):
         request_log: a file, or "-" for the standard output, that gets a line of JSON for every
             request; null for none.
         playground: whether `/playground` shows its page.
+        metrics_without_key: whether `/metrics` is open on a server with an API key.
         heads_dir: where heads may be loaded from while the server runs; null: they are not.
         adaptive_policy: what adaptive requests get that choose neither a policy nor a head: a
             policy's name, or an object like the `adaptive` of a request. Null: the default head.
@@ -55,6 +58,7 @@ class AdaptiveSettings(BaseModel):
     verify_base: bool = True
     request_log: str | None = None
     playground: bool = True
+    metrics_without_key: bool = False
     heads_dir: Path | None = None
     adaptive_policy: Annotated[AdaptiveRequest | None, BeforeValidator(_read_policy)] = None
     adaptive_max: Temperature | None = None
@@ -112,7 +116,8 @@ def read_admin_key(heads_dir: Path | None, num_api_processes: int, is_elastic: b
         is_elastic: whether engines may join while the server runs.
 
     Raises:
-        ValueError: the key, the folder or `--api-server-count 1` is missing, or elastic EP is on.
+        ValueError: the key, the folder or `--api-server-count 1` is missing, the key is short, or
+            elastic EP is on.
     """
     key = os.environ.get(ADMIN_KEY_VARIABLE) or None
     if (key is None) != (heads_dir is None):
@@ -122,6 +127,11 @@ def read_admin_key(heads_dir: Path | None, num_api_processes: int, is_elastic: b
         )
     if key is not None and not (key.isascii() and key.isprintable()):
         raise ValueError(f"{ADMIN_KEY_VARIABLE} must be printable ASCII, as headers are")
+    if key is not None and len(key) < MIN_ADMIN_KEY_LEN:
+        raise ValueError(
+            f"{ADMIN_KEY_VARIABLE} must have at least {MIN_ADMIN_KEY_LEN} characters, and has "
+            f"{len(key)}: `openssl rand -hex 16` makes one"
+        )
     if heads_dir is not None and not heads_dir.is_dir():
         raise ValueError(f"--heads-dir {heads_dir}: not a folder")
     if key is not None and num_api_processes > 1:

@@ -11,9 +11,12 @@ MAX_PARAM_LEN = 100
 RETRY_AFTER_S = 5
 TYPES = {
     HTTPStatus.BAD_REQUEST: "BadRequestError",
+    HTTPStatus.UNAUTHORIZED: "AuthenticationError",
+    HTTPStatus.FORBIDDEN: "PermissionDeniedError",
     HTTPStatus.REQUEST_TIMEOUT: "RequestTimeoutError",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "RequestTooLargeError",
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "HeadersTooLargeError",
+    HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
     HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
 }
 # With these, a request is refused before all of it has been read.
@@ -25,23 +28,33 @@ UNREAD = (
 
 
 class Refusal(Exception):
-    """A request exceeds a limit.
+    """A request exceeds a limit, or lacks a key.
 
     Attributes:
         param: the field that does, in the body; or "body", "headers".
+        challenge: of a 401: the kind of key that the server wants.
     """
 
-    def __init__(self, status: HTTPStatus, message: str, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: HTTPStatus,
+        message: str,
+        param: str | None = None,
+        challenge: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
+        self.challenge = challenge
 
     @property
     def headers(self) -> dict[str, str]:
         """The response's headers, except for its body's type and length."""
-        if self.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        if self.status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS):
             return {"retry-after": str(RETRY_AFTER_S)}
+        if self.challenge is not None:
+            return {"www-authenticate": self.challenge}
         # What still comes of the request must not pass for the next one.
         return {"connection": "close"} if self.status in UNREAD else {}
 

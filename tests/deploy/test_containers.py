@@ -205,6 +205,60 @@ def test_services_wait_only_for_what_tells_its_health():
             assert build["target"] in STAGES
 
 
+def test_containers_listen_beyond_themselves(parse_server_command):
+    for name in ("cpu", "cuda"):
+        (entrypoint,) = [line for line in STAGES[name] if line.startswith("ENTRYPOINT ")]
+        arguments = json.loads(entrypoint.removeprefix("ENTRYPOINT "))[1:]
+        for command in ([], ["--shutdown-timeout", "5"], ["--host", "::"]):
+            _, args = parse_server_command(shlex.join(arguments + command))
+            assert args.host == ("::" if "::" in command else "0.0.0.0")
+    _, args = parse_server_command(SERVICES["server"]["command"])
+    assert args.host == "0.0.0.0"
+
+
+def test_keys_come_from_the_environment_and_go_to_all_who_ask_the_server():
+    for name in ("server", "prometheus", "load"):
+        assert "VLLM_API_KEY" in SERVICES[name]["environment"]
+    assert "ADAPTIVE_ADMIN_KEY" in SERVICES["server"]["environment"]
+    for name in ("server", "load"):
+        assert "key" not in SERVICES[name]["command"]
+    for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for block in re.findall(r"^```(?:bash|yaml|ini)\n(.*?)^```", file.read_text(), re.M | re.S):
+            assert "--api-key" not in block, file
+
+
+@pytest.mark.parametrize("key", ["a %s key", "", None])
+def test_prometheus_reads_the_key_from_a_file(tmp_path, key):
+    """Of what the container runs, with a stand-in for its program and its /tmp."""
+    scrape = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    (file,) = [job["authorization"]["credentials_file"] for job in scrape["scrape_configs"]]
+    folder, name = file.rsplit("/", 1)
+    service = SERVICES["prometheus"]
+    assert folder in service["tmpfs"]
+    shell, script = service["entrypoint"]
+    mounts = dict(mount.split(":")[1::-1] for mount in service["volumes"])
+    path = ROOT / mounts[script.rpartition("/")[0]] / script.rpartition("/")[2]
+    copy = tmp_path / "start.sh"
+    copy.write_text(path.read_text().replace(file, str(tmp_path / name)))
+    program = tmp_path / "prometheus"
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    if key is not None:
+        environment["VLLM_API_KEY"] = key
+    done = subprocess.run(
+        [shell, copy, *service["command"]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+        check=True,
+    )
+    assert done.stdout.splitlines() == service["command"]
+    assert (tmp_path / name).read_text() == (key or "")
+    assert (tmp_path / name).stat().st_mode & 0o077 == 0
+
+
 def test_the_server_stops_within_its_grace_period(parse_server_command):
     ours, args = parse_server_command(SERVICES["server"]["command"])
     assert (ours.head, args.model_tag) == ([], None)

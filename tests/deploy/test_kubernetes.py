@@ -197,6 +197,7 @@ def test_the_port_is_the_servers(resources, server, arguments):
     _, args = arguments
     (port,) = server["ports"]
     assert port == {"name": "http", "containerPort": args.port}
+    assert args.host == "0.0.0.0"
     probes = [server[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")]
     assert probes == [{"path": "/health", "port": "http"}] * 3
     assert resources["Service"]["spec"]["ports"][0]["targetPort"] == "http"
@@ -274,6 +275,24 @@ def test_scaling_follows_metrics_that_vllm_has():
 def test_prometheus_names_the_job_as_the_rules_do():
     (endpoint,) = render(EVERYTHING)["PodMonitor"]["spec"]["podMetricsEndpoints"]
     assert {"targetLabel": "job", "replacement": "adaptive"} in endpoint["relabelings"]
+
+
+def test_prometheus_gets_the_key_that_the_server_wants():
+    resources = render(EVERYTHING)
+    (server,) = resources["Deployment"]["spec"]["template"]["spec"]["containers"]
+    (key,) = (entry for entry in server["env"] if entry["name"] == "VLLM_API_KEY")
+    secret = key["valueFrom"]["secretKeyRef"]
+    (endpoint,) = resources["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    assert endpoint["authorization"] == {"type": "Bearer", "credentials": secret}
+    (endpoint,) = render(EVERYTHING | {"apiKeySecret": ""})["PodMonitor"]["spec"][
+        "podMetricsEndpoints"
+    ]
+    assert "authorization" not in endpoint
+
+
+def test_no_key_is_among_the_arguments():
+    for resource in render(EVERYTHING).values():
+        assert "--api-key" not in str(resource)
 
 
 @pytest.mark.parametrize("name", ["adaptive-head-server", "x" * 53])

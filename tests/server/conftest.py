@@ -29,7 +29,7 @@ BIN = Path(sys.executable).parent
 MODEL = "smol"
 HIDDEN_SIZE = 576
 TEMPERATURES = (0.0, 0.3, 0.7, 1.0, 1.3)
-ADMIN_KEY = "open sesame"
+ADMIN_KEY = "open-sesame-please"
 START_TIMEOUT_S = 500
 # What a server or a test does at once and has not done after so long hangs.
 HANG_S = 300

@@ -156,12 +156,30 @@ def test_the_default_head_is_one_of_the_heads(refusal, serve, model, heads):
 
 @pytest.fixture
 def admin_key(monkeypatch):
-    monkeypatch.setenv("ADAPTIVE_ADMIN_KEY", "open sesame")
+    monkeypatch.setenv("ADAPTIVE_ADMIN_KEY", "open-sesame-please")
 
 
 def test_the_playground_can_be_left_out(serve, model):
     assert settings_of(serve(model)).playground is True
     assert settings_of(serve(model, "--no-playground")).playground is False
+
+
+def test_without_a_key_the_server_is_this_machines_own(serve, model, monkeypatch):
+    assert serve(model).host == "127.0.0.1"
+    assert serve(model, "--host=0.0.0.0").host == "0.0.0.0"
+    monkeypatch.setenv("VLLM_API_KEY", "")
+    assert serve(model).host == "127.0.0.1"
+    monkeypatch.setenv("VLLM_API_KEY", "key")
+    # vLLM's default: all addresses.
+    assert serve(model).host is None
+    assert serve(model, "--host=127.0.0.2").host == "127.0.0.2"
+    monkeypatch.delenv("VLLM_API_KEY")
+    assert serve(model, "--api-key=key").host is None
+
+
+def test_metrics_need_the_key_unless_the_operator_says_otherwise(serve, model):
+    assert settings_of(serve(model)).metrics_without_key is False
+    assert settings_of(serve(model, "--metrics-without-key")).metrics_without_key is True
 
 
 def test_heads_cannot_be_changed_by_default(serve, model):
@@ -172,7 +190,7 @@ def test_heads_cannot_be_changed_by_default(serve, model):
 def test_heads_can_be_changed_where_a_key_and_a_folder_say_so(serve, model, heads, admin_key):
     args = serve(model, f"--heads-dir={heads}")
     assert settings_of(args).heads_dir == heads and args.api_server_count == 1
-    assert "open sesame" not in repr(args)
+    assert "open-sesame-please" not in repr(args)
     headless = serve(model, f"--heads-dir={heads}", "--headless")
     assert headless.api_server_count is None, "a node without an API process has none to count"
 
@@ -188,6 +206,9 @@ def test_half_of_what_changing_heads_needs_is_refused(
     assert "does not work with --enable-elastic-ep" in elastic
     monkeypatch.setenv("ADAPTIVE_ADMIN_KEY", "schlüssel")
     assert "ASCII" in refusal(model, f"--heads-dir={heads}")
+    monkeypatch.setenv("ADAPTIVE_ADMIN_KEY", "fifteen letters")
+    short = refusal(model, f"--heads-dir={heads}")
+    assert "at least 16 characters, and has 15" in short and "letters" not in short
     monkeypatch.delenv("ADAPTIVE_ADMIN_KEY")
     assert "ADAPTIVE_ADMIN_KEY" in refusal(model, f"--heads-dir={heads}")
 

@@ -22,7 +22,8 @@ import yaml
 from adaptive_head.checkpoint import read_metadata
 from adaptive_head.heads import SHIPPED_HEADS
 from deploy.grafana.queries import PrometheusAPI, read_panels
-from server.head_routes import ADMIN_KEY_HEADER, HEADS_PATH
+from server.admin_key import ADMIN_KEY_HEADER
+from server.head_routes import HEADS_PATH
 from tests.deploy.test_prometheus import ALERTS, RULES
 from tests.programs import HANG_S, require
 from tests.server.conftest import ADMIN_KEY, MODEL, find_free_port, wait_until
@@ -66,9 +67,11 @@ def prometheus(server, tmp_path_factory) -> Iterator[httpx.Client]:
     configuration = yaml.safe_load(CONFIGURATION.read_text())
     configuration["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     configuration["rule_files"] = [str(CONFIGURATION.parent / "rules/*.yml")]
-    configuration["scrape_configs"][0]["static_configs"] = [
-        {"targets": [server.url.removeprefix("http://")]}
-    ]
+    (folder / "key").touch()  # This server has none.
+    configuration["scrape_configs"][0] |= {
+        "authorization": {"credentials_file": str(folder / "key")},
+        "static_configs": [{"targets": [server.url.removeprefix("http://")]}],
+    }
     (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
     address = f"127.0.0.1:{find_free_port()}"
     command = [

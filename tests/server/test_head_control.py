@@ -17,14 +17,16 @@ from adaptive_head.options import parse_request, resolve_options
 from adaptive_head.slots import PolicyIndex
 from adaptive_head.vllm.heads import HeadLoader
 from adaptive_head.vllm.worker import AdaptiveWorker
+from server.admin_key import ADMIN_KEY_HEADER, MAX_DELAYED, AdminKey
 from server.head_control import HeadControl
-from server.head_routes import ADMIN_KEY_HEADER, HEADS_PATH, make_head_router
+from server.head_routes import HEADS_PATH, make_head_router
 from server.heads import HeadRegistry
 from server.metrics import AdaptiveMetrics
 from server.override_routes import make_override_router
+from tests.programs import HANG_S
 from tests.server.fakes import make_report, make_state, sample
 
-KEY = "open sesame"
+KEY = "open-sesame-please"
 FINGERPRINT = "0123456789abcdef"
 HIDDEN_SIZE = 8
 # Between two looks whether a head is free.
@@ -91,6 +93,7 @@ def setup(monkeypatch, save, folder):
     """The application, its engines and its metrics; heads `a` (the default) and `b` are loaded."""
     monkeypatch.setattr("adaptive_head.vllm.heads.fingerprint_served", lambda _: FINGERPRINT)
     monkeypatch.setattr("server.head_control.RELEASE_INTERVAL_S", INTERVAL_S)
+    monkeypatch.setattr("server.admin_key.DELAY_S", 0.0)
     monkeypatch.setattr("adaptive_head.vllm.heads.gather_states", lambda state: [state])
     model_config = SimpleNamespace(get_hidden_size=lambda: HIDDEN_SIZE, model="tiny")
     config = SimpleNamespace(model_config=model_config, additional_config={})
@@ -108,6 +111,7 @@ def setup(monkeypatch, save, folder):
         app = FastAPI()
         app.include_router(make_head_router())
         app.include_router(make_override_router())
+        app.add_middleware(AdminKey)
         init_exception_handler(app)
         app.state.args = SimpleNamespace(log_error_stack=False)
         state = make_state(
@@ -384,7 +388,7 @@ async def test_a_body_of_another_form_is_a_400(setup, body):
     assert server.engines.loaded == AT_START
 
 
-@pytest.mark.parametrize("key", [None, "", "Open sesame", KEY + "x", KEY[:-1]])
+@pytest.mark.parametrize("key", [None, "", KEY.title(), KEY + "x", KEY[:-1]])
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [
@@ -410,6 +414,55 @@ async def test_control_is_off_without_a_key_of_the_servers(setup, key):
     response = await server.send("POST", body={"name": "a"}, key=key)
     assert_refused(response, 403, None, "ADAPTIVE_ADMIN_KEY", "--heads-dir")
     assert (await server.send("GET", key=None)).status_code == 200
+
+
+async def test_the_right_key_does_not_wait_for_wrong_ones(setup, monkeypatch):
+    monkeypatch.setattr("server.admin_key.DELAY_S", HANG_S)
+    server = await setup()
+    async with asyncio.timeout(HANG_S / 2):
+        guesses = [
+            asyncio.create_task(server.send("DELETE", "/b", key="wrong"))
+            for _ in range(MAX_DELAYED)
+        ]
+        changes = "adaptive_head_changes_total"
+
+        def count_refused() -> float:
+            return sample(server.metrics, changes, action="key", result="refused") or 0
+
+        await wait_until(lambda: count_refused() == MAX_DELAYED)
+        assert (await server.send("PATCH", "/b", {"default": True})).is_success
+        assert (await server.send("GET", key=None)).is_success
+        # No room for another one to wait; it is counted as well.
+        response = await server.send("DELETE", "/b", key="wrong")
+        assert_refused(response, 429, None, ADMIN_KEY_HEADER)
+        assert response.headers["retry-after"]
+        assert count_refused() == MAX_DELAYED + 1
+        assert not any(guess.done() for guess in guesses)
+        for guess in guesses:
+            guess.cancel()
+        await asyncio.gather(*guesses, return_exceptions=True)
+    monkeypatch.setattr("server.admin_key.DELAY_S", 0.0)
+    # Those that left have made room.
+    assert_refused(await server.send("DELETE", "/b", key="wrong"), 401, None, ADMIN_KEY_HEADER)
+
+
+async def test_the_key_is_looked_at_before_the_body(setup):
+    server = await setup()
+    body = b"{" * 100
+    for key, status in [("wrong", 401), (KEY, 400)]:
+        headers = {ADMIN_KEY_HEADER: key, "content-type": "application/json"}
+        transport = httpx.ASGITransport(server.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            response = await client.post(HEADS_PATH, content=body, headers=headers)
+        assert response.status_code == status
+
+
+async def test_nothing_changes_where_nobody_looks_at_the_key(setup):
+    server = await setup()
+    server.app.user_middleware.clear()
+    with pytest.raises(AttributeError, match="control"):
+        await server.send("PATCH", "/b", {"default": True})
+    assert server.registry.default == "a"
 
 
 async def test_the_default_moves_and_cannot_be_removed(setup):

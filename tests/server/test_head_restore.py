@@ -183,7 +183,7 @@ async def test_a_server_restores_heads_before_it_answers(setup, save, folder, mo
     )
     paths = [SimpleNamespace(name="smol")]
     models = SimpleNamespace(base_model_paths=paths)
-    state = SimpleNamespace(openai_serving_models=models, queue=Queue())
+    state = SimpleNamespace(openai_serving_models=models, queue=Queue(), application=server.app)
     await AdaptiveEndpoints().init_state(server.engines, state, None)
     assert [head.name for head in state.adaptive.heads] == ["a", "c"]
 

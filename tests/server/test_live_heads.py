@@ -9,7 +9,8 @@ import pytest
 from adaptive_head import HeadConfig, load_head
 from adaptive_head.checkpoint import read_metadata, write_metadata
 from adaptive_head.lpo.probing import make_probe, read_probe_states
-from server.head_routes import ADMIN_KEY_HEADER, HEADS_PATH
+from server.admin_key import ADMIN_KEY_HEADER
+from server.head_routes import HEADS_PATH
 from tests.heads import save_strong_head
 from tests.server.conftest import ADMIN_KEY, HIDDEN_SIZE, MODEL, TEMPERATURES
 

@@ -32,6 +32,7 @@ ARGS = Namespace(
     port=8123,
     uds=None,
     ssl_certfile=None,
+    api_key=None,
     otlp_traces_endpoint=None,
     additional_config={},
 )
@@ -80,6 +81,33 @@ def test_the_announcement_says_where_what_and_how(announced):
     assert "default adaptive" in text
     assert "tok (token, default) [0 0.3 0.7 1]" in text
     assert "seq (sequence) [0 0.3 0.7 1]" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "is_warned"),
+    [
+        ({"host": "127.0.0.1"}, None, False),
+        ({"host": "localhost"}, None, False),
+        ({"host": "::1"}, None, False),
+        ({"host": None}, None, True),
+        ({"host": "0.0.0.0"}, "", True),
+        ({"host": "::"}, None, True),
+        ({"host": "gpu-7.example"}, None, True),
+        ({"host": "0.0.0.0"}, "key", False),
+        ({"host": None, "api_key": ["key"]}, None, False),
+        ({"host": None, "uds": "/run/socket"}, None, False),
+    ],
+)
+def test_a_server_that_all_may_use_is_warned_of(
+    announced, caplog, monkeypatch, changes, key, is_warned
+):
+    monkeypatch.setenv("VLLM_API_KEY", key or "")
+    text = announced(Namespace(**vars(ARGS) | changes))
+    has_key = bool(key or changes.get("api_key"))
+    assert ("API key needed" in text) == has_key
+    assert ("API key none" in text) != has_key
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert any("VLLM_API_KEY" in record.getMessage() for record in warnings) == is_warned
 
 
 def test_the_announcement_does_not_hide_that_a_head_is_untrained(announced):
