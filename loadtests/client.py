@@ -83,9 +83,8 @@ class Client:
 
     def _read(self, ask: Ask, answer: Answer, entry: Entry) -> None:
         start = perf_counter()
-        response = self._http.request(
-            "POST", ask.path, json.dumps(ask.body).encode(), self._headers
-        )
+        body = json.dumps(ask.body).encode()
+        response = self._http.request("POST", ask.path, body, self._headers)
         try:
             if response.status_code != 200:
                 raise _refuse(response, entry)

@@ -315,7 +315,7 @@ def test_the_pages_builds_name_stages_and_arguments_that_there_are():
 
 def test_the_pages_containers_get_arguments_that_the_server_takes(parse_server_command):
     runs = [command for command in COMMANDS if command[:2] == ["docker", "run"]]
-    assert len(runs) == 2
+    assert len(runs) == 3
     for command in runs:
         arguments = command[command.index("adaptive-head-server") + 1 :]
         ours, _ = parse_server_command(shlex.join(arguments))

@@ -116,9 +116,10 @@ def test_the_announcement_does_not_hide_that_a_head_is_untrained(announced):
 
 
 def test_a_default_head_that_has_failed_the_gate_is_warned_of(announced, caplog):
+    local = Namespace(**vars(ARGS) | {"host": "127.0.0.1"})
     for outcome, is_warned in [("failed", True), ("passed", False), (None, False)]:
         judged = describe_head(trained=True).model_copy(update={"gate": outcome})
-        announced(heads={"a": judged})
+        announced(args=local, heads={"a": judged})
         warnings = [record for record in caplog.records if record.levelname == "WARNING"]
         assert bool(warnings) == is_warned
         assert all("a has failed the gate" in record.getMessage() for record in warnings)
