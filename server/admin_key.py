@@ -9,10 +9,11 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from adaptive_head.vllm.limits import Limits
 from adaptive_head.vllm.settings import ADMIN_KEY_VARIABLE
 from server.admission import AdaptiveState
 from server.keys import digest, find_header
-from server.limits.refusal import Refusal, send_refusal
+from server.limits.refusal import Refusal, refuse_unread
 from server.record import find_path
 
 ADMIN_KEY_HEADER = "X-Admin-Key"
@@ -28,8 +29,9 @@ MAX_DELAYED = 32
 class AdminKey:
     """Hands a change on with `control` in its state; without the right key, refuses it."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self._app = app
+        self._limits = limits
         self._num_delayed = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,14 +39,14 @@ class AdminKey:
             return await self._app(scope, receive, send)
         state: AdaptiveState = scope["app"].state.adaptive
         if state.control is None:
-            return await send_refusal(send, _OFF)
+            return await refuse_unread(receive, send, _OFF, self._limits)
         given = find_header(scope, ADMIN_KEY_HEADER.lower().encode())
         if hmac.compare_digest(digest(given), digest(state.control.admin_key.encode())):
             # The routes take it from here: they do nothing where this middleware is missing.
             scope.setdefault("state", {})["control"] = state.control
             return await self._app(scope, receive, send)
         state.metrics.count_change("key", "refused")
-        await send_refusal(send, await self._delay())
+        await refuse_unread(receive, send, await self._delay(), self._limits)
 
     async def _delay(self) -> Refusal:
         """The refusal of a wrong key, once its time has come."""

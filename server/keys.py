@@ -15,7 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from server.limits.refusal import Refusal, send_refusal
+from adaptive_head.vllm.limits import Limits
+from server.limits.refusal import Refusal, refuse_unread, send_refusal
 from server.record import find_path
 from server.shutdown import PROBES
 
@@ -46,10 +47,13 @@ def list_open_paths(page: Iterable[str], *, metrics: bool) -> frozenset[str]:
 class ApiKeys:
     """Refuses requests without a key, before anything of their body is read."""
 
-    def __init__(self, app: ASGIApp, keys: Collection[str], open_paths: frozenset[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Collection[str], open_paths: frozenset[str], limits: Limits
+    ) -> None:
         self._app = app
         self._digests = [digest(key.encode()) for key in keys]
         self._open_paths = open_paths
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Compared as a whole, so that no other spelling of a path passes for an open one.
@@ -60,7 +64,7 @@ class ApiKeys:
         scope["app"].state.adaptive.metrics.count_unauthorized()
         refusal = Refusal(HTTPStatus.UNAUTHORIZED, _MESSAGE, challenge="Bearer")
         if scope["type"] == "http":
-            return await send_refusal(send, refusal)
+            return await refuse_unread(receive, send, refusal, self._limits)
         if "websocket.http.response" in scope.get("extensions", {}):
             return await send_refusal(for_websocket(send), refusal)
         await send({"type": "websocket.close", "code": _POLICY_VIOLATION})

@@ -93,14 +93,15 @@ class AdaptiveEndpoints:
         # Inside of all others: refusals are recorded and counted as answers of their routes, and a
         # request is one task from here on. The admin key comes before `Door`, which reads the body.
         door = Middleware(Door, limits=settings.limits, queue=app.state.queue)
-        app.user_middleware += [Middleware(AdminKey), door, Middleware(Holding)]
+        admin_key = Middleware(AdminKey, limits=settings.limits)
+        app.user_middleware += [admin_key, door, Middleware(Holding)]
         app.add_middleware(Gate, drain=DRAIN)
         if observers:
             app.add_middleware(Recorder, paths=ADAPTIVE_PATHS, observers=observers)
         if keys := read_api_keys(args):
             paths = [route.path for route in page.routes if isinstance(route, Route)]
             open_paths = list_open_paths(paths, metrics=settings.metrics_without_key)
-            app.add_middleware(ApiKeys, keys=keys, open_paths=open_paths)
+            app.add_middleware(ApiKeys, keys=keys, open_paths=open_paths, limits=settings.limits)
         # vLLM adds its own check of keys later, which `init_state` replaces.
         app.state.application = app
         app.router.lifespan_context = extend_lifespan(

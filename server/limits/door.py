@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adaptive_head.vllm.limits import Limits
 from server.limits.queue import ENGINE_PATHS, Queue
-from server.limits.refusal import UNREAD, Refusal, exceeds, send_refusal
+from server.limits.refusal import UNREAD, Refusal, exceeds, refuse_unread, send_refusal
 from server.limits.shape import check_body
 from server.record import find_path
 
@@ -117,22 +117,10 @@ class Door:
         return message
 
     async def _refuse(self, refusal: Refusal, receive: Receive, send: Send) -> None:
-        """Answer, and let a client that still sends finish, so that it reads the answer.
-
-        A connection that is closed with data unread is reset, and the answer lost.
-        """
-        # One whose time is up has had its chance.
-        is_sending = refusal.status in UNREAD and refusal.status != HTTPStatus.REQUEST_TIMEOUT
-        await send_refusal(send, refusal, is_last=not is_sending)
-        if not is_sending:
-            return
-        try:
-            async with asyncio.timeout(self._limits.max_read_seconds):
-                while (await receive()).get("more_body", False):
-                    pass
-        except TimeoutError:
-            pass
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        # A client whose time is up has had its chance to finish.
+        if refusal.status in UNREAD and refusal.status != HTTPStatus.REQUEST_TIMEOUT:
+            return await refuse_unread(receive, send, refusal, self._limits)
+        await send_refusal(send, refusal)
 
 
 def replay(message: Message, receive: Receive) -> Receive:

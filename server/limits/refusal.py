@@ -1,9 +1,10 @@
 """A refusal, in the form of OpenAI's errors."""
 
+import asyncio
 import json
 from http import HTTPStatus
 
-from starlette.types import Send
+from starlette.types import Receive, Send
 
 from adaptive_head.vllm.limits import Limits, option_name
 
@@ -107,3 +108,18 @@ async def send_refusal(send: Send, refusal: Refusal, *, is_last: bool = True) ->
     start = {"type": "http.response.start", "status": refusal.status.value, "headers": headers}
     await send(start)
     await send({"type": "http.response.body", "body": body, "more_body": not is_last})
+
+
+async def refuse_unread(receive: Receive, send: Send, refusal: Refusal, limits: Limits) -> None:
+    """Refuse a request whose body has not been read, and let its client finish sending.
+
+    A connection that is closed with data unread is reset, and the answer lost.
+    """
+    await send_refusal(send, refusal, is_last=False)
+    try:
+        async with asyncio.timeout(limits.max_read_seconds):
+            while (await receive()).get("more_body", False):
+                pass
+    except TimeoutError:
+        pass
+    await send({"type": "http.response.body", "body": b"", "more_body": False})

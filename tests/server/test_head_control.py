@@ -16,6 +16,7 @@ from adaptive_head.checkpoint import BaseModelIdentity, HeadError
 from adaptive_head.options import parse_request, resolve_options
 from adaptive_head.slots import PolicyIndex
 from adaptive_head.vllm.heads import HeadLoader
+from adaptive_head.vllm.limits import Limits
 from adaptive_head.vllm.worker import AdaptiveWorker
 from server.admin_key import ADMIN_KEY_HEADER, MAX_DELAYED, AdminKey
 from server.head_control import HeadControl
@@ -111,7 +112,7 @@ def setup(monkeypatch, save, folder):
         app = FastAPI()
         app.include_router(make_head_router())
         app.include_router(make_override_router())
-        app.add_middleware(AdminKey)
+        app.add_middleware(AdminKey, limits=Limits())
         init_exception_handler(app)
         app.state.args = SimpleNamespace(log_error_stack=False)
         state = make_state(
