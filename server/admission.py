@@ -70,7 +70,8 @@ def admit(request: AdaptiveFields, raw_request: Request) -> None:
         VLLMValidationError: it asks for something that cannot be served (a 400).
     """
     state: AdaptiveState = raw_request.app.state.adaptive
-    served_name = state.strip_adaptive_name(request.model)
+    asked_name = request.model
+    served_name = state.strip_adaptive_name(asked_name)
     if served_name is not None:
         request.model = served_name
     adapters = raw_request.app.state.openai_serving_models.lora_requests
@@ -118,6 +119,7 @@ def admit(request: AdaptiveFields, raw_request: Request) -> None:
         takes_many_prompts=request.takes_many_prompts,
         head=head,
         is_override=resolved is state.heads.override,
+        alias=None if served_name is None else asked_name,
     )
     request.begin_report(report)
     report.hold()

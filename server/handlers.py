@@ -28,23 +28,50 @@ class AdaptiveServingChat(OpenAIServingChat):
     """`/v1/chat/completions`"""
 
     def chat_completion_stream_generator(
-        self, request: Any, *args: Any, **kwargs: Any
+        self,
+        request: Any,
+        result_generator: Any,
+        request_id: str,
+        model_name: str,
+        *args: Any,
+        **kwargs: Any,
     ) -> AsyncGenerator[str, None]:
-        chunks = super().chat_completion_stream_generator(request, *args, **kwargs)
+        name = name_model(request, model_name)
+        chunks = super().chat_completion_stream_generator(
+            request, result_generator, request_id, name, *args, **kwargs
+        )
         writer = None if HAS_CHUNK_OBJECTS else make_writer(request, self.parser_cls)
         return write_chunks(chunks, writer.write_text) if writer else chunks
 
     def chat_completion_stream_generator_raw(
-        self, request: Any, *args: Any, **kwargs: Any
+        self,
+        request: Any,
+        result_generator: Any,
+        request_id: str,
+        model_name: str,
+        *args: Any,
+        **kwargs: Any,
     ) -> AsyncGenerator[Any, None]:
-        chunks = super().chat_completion_stream_generator_raw(request, *args, **kwargs)
+        name = name_model(request, model_name)
+        chunks = super().chat_completion_stream_generator_raw(
+            request, result_generator, request_id, name, *args, **kwargs
+        )
         writer = make_writer(request, self.parser_cls)
         return write_chunks(chunks, writer.write_object) if writer else chunks
 
     def chat_completion_full_generator(
-        self, request: Any, *args: Any, **kwargs: Any
+        self,
+        request: Any,
+        result_generator: Any,
+        request_id: str,
+        model_name: str,
+        *args: Any,
+        **kwargs: Any,
     ) -> Coroutine[Any, Any, ErrorResponse | ChatCompletionResponse]:
-        answer = super().chat_completion_full_generator(request, *args, **kwargs)
+        name = name_model(request, model_name)
+        answer = super().chat_completion_full_generator(
+            request, result_generator, request_id, name, *args, **kwargs
+        )
         if (report := find_shown_report(request)) is None:
             return answer
         return describe_chat(answer, report, shows_tokens(request, report, self.parser_cls))
@@ -70,23 +97,42 @@ class AdaptiveServingCompletion(OpenAIServingCompletion):
         request: Any,
         engine_inputs: Sequence[Any],
         result_generator: AsyncGenerator[Any, None],
+        request_id: str,
+        created_time: int,
+        model_name: str,
         *args: Any,
         **kwargs: Any,
     ) -> AsyncGenerator[str, None]:
         report = find_shown_report(request)
         if report is not None and report.detail == "tokens" and len(engine_inputs) > 1:
             result_generator = report.follow(result_generator)
+        name = name_model(request, model_name)
         chunks = super().completion_stream_generator(
-            request, engine_inputs, result_generator, *args, **kwargs
+            request,
+            engine_inputs,
+            result_generator,
+            request_id,
+            created_time,
+            name,
+            *args,
+            **kwargs,
         )
         writer = make_writer(request)
         return write_chunks(chunks, writer.write_text) if writer else chunks
 
     def request_output_to_completion_response(
-        self, final_res_batch: Any, request: Any, *args: Any, **kwargs: Any
+        self,
+        final_res_batch: Any,
+        request: Any,
+        request_id: str,
+        created_time: int,
+        model_name: str,
+        *args: Any,
+        **kwargs: Any,
     ) -> CompletionResponse:
+        name = name_model(request, model_name)
         answer = super().request_output_to_completion_response(
-            final_res_batch, request, *args, **kwargs
+            final_res_batch, request, request_id, created_time, name, *args, **kwargs
         )
         if (report := find_shown_report(request)) is not None:
             describe_choices(answer, report, report.detail == "tokens")
@@ -105,7 +151,7 @@ def hold_head(request: Any, report: Report) -> AbstractContextManager[None]:
 async def describe_chat(
     answer: Coroutine[Any, Any, Any], report: Report, show_tokens: bool
 ) -> ErrorResponse | ChatCompletionResponse:
-    """Set `adaptive` on every choice of a whole answer, unless it is an error."""
+    """Set `adaptive` on usage and choices of a whole answer, unless it is an error."""
     response = await answer
     if isinstance(response, ChatCompletionResponse):
         describe_choices(response, report, show_tokens)
@@ -115,9 +161,16 @@ async def describe_chat(
 def describe_choices(
     answer: ChatCompletionResponse | CompletionResponse, report: Report, show_tokens: bool
 ) -> None:
-    """Set `adaptive` on every choice of a whole answer."""
+    """Set `adaptive` on usage and choices of a whole answer."""
     for choice in answer.choices:
         choice.adaptive = report[choice.index].describe(show_tokens)
+    answer.usage.adaptive = report.describe()
+
+
+def name_model(request: Any, model_name: str) -> str:
+    """The model's name in an answer: the alias where that was asked for, else vLLM's."""
+    report = find_report(request)
+    return model_name if report is None or report.alias is None else report.alias
 
 
 def make_writer(request: Any, parser: object | None = None) -> ChunkWriter | None:

@@ -117,6 +117,8 @@ class Report:
             for `/v1/completions`. Otherwise each continues the one prompt's, as after a tool call.
         head: chooses the temperatures; None for a policy without one.
         is_override: whether the options are the operator's and not those of the request.
+        alias: the name that the request gives the model, where vLLM's own differs and answers are
+            to repeat it.
 
     Attributes:
         extra_args: the options as the sampling parameters of each of its prompts carry them.
@@ -133,10 +135,12 @@ class Report:
         takes_many_prompts: bool = False,
         head: ServedHead | None = None,
         is_override: bool = False,
+        alias: str | None = None,
     ) -> None:
         self.options = options
         self.detail = detail
         self.is_override = is_override
+        self.alias = alias
         self.extra_args = options.to_extra_args()
         self.beginnings: list[list[int]] = []
         self._num_choices = num_choices
@@ -160,6 +164,24 @@ class Report:
     def __getitem__(self, index: int) -> ChoiceReport:
         """The report of the response's choice `index`."""
         return self._choices[index]
+
+    @property
+    def num_begun(self) -> int:
+        """How many answers the engine has begun to generate."""
+        return len(self._choices)
+
+    @property
+    def mean(self) -> float | None:
+        """The mean temperature of all answers' tokens; None without any."""
+        num_tokens: Counter[int] = Counter()
+        for prompt in self._prompts:
+            prompt.count_into(num_tokens)
+        return mean_of(num_tokens)
+
+    def describe(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """The summary of the only answer, or a list of those of all answers in their order."""
+        summaries = [choice.describe(show_tokens=False) for choice in self._choices]
+        return summaries[0] if len(summaries) == 1 else summaries
 
     async def follow(
         self, outputs: AsyncGenerator[tuple[int, RequestOutput], None]

@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
-from server.handlers import find_report, hold_head, shows_tokens
+from server.handlers import find_report, hold_head, name_model, shows_tokens
 from server.report import Report
 
 logger = init_logger("vllm.adaptive")
@@ -58,23 +58,43 @@ class AdaptiveServingResponses(OpenAIServingResponses):
         )
 
     def responses_stream_generator(
-        self, request: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any
+        self,
+        request: Any,
+        sampling_params: SamplingParams,
+        result_generator: Any,
+        context: Any,
+        model_name: str,
+        *args: Any,
+        **kwargs: Any,
     ) -> AsyncGenerator[Any, None]:
-        if (report := find_report(request)) is None:
-            return super().responses_stream_generator(request, sampling_params, *args, **kwargs)
-        shown = without_temperature(sampling_params)
-        events = super().responses_stream_generator(request, shown, *args, **kwargs)
+        report = find_report(request)
+        shown = sampling_params if report is None else without_temperature(sampling_params)
+        name = name_model(request, model_name)
+        events = super().responses_stream_generator(
+            request, shown, result_generator, context, name, *args, **kwargs
+        )
+        if report is None:
+            return events
         show_tokens = shows_tokens(request, report, self.parser)
         return write_events(events, report, show_tokens, hold_head(request, report))
 
     def responses_full_generator(
-        self, request: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any
+        self,
+        request: Any,
+        sampling_params: SamplingParams,
+        result_generator: Any,
+        context: Any,
+        model_name: str,
+        *args: Any,
+        **kwargs: Any,
     ) -> Coroutine[Any, Any, ErrorResponse | ResponsesResponse]:
-        if (report := find_report(request)) is None:
-            return super().responses_full_generator(request, sampling_params, *args, **kwargs)
-        shown = without_temperature(sampling_params)
-        answer = super().responses_full_generator(request, shown, *args, **kwargs)
-        return self._describe(answer, request, report)
+        report = find_report(request)
+        shown = sampling_params if report is None else without_temperature(sampling_params)
+        name = name_model(request, model_name)
+        answer = super().responses_full_generator(
+            request, shown, result_generator, context, name, *args, **kwargs
+        )
+        return answer if report is None else self._describe(answer, request, report)
 
     async def _describe(
         self, answer: Coroutine[Any, Any, Any], request: Any, report: Report
@@ -83,6 +103,8 @@ class AdaptiveServingResponses(OpenAIServingResponses):
             response = await answer
         if report.detail != "none" and isinstance(response, ResponsesResponse):
             response.adaptive = report[0].describe(shows_tokens(request, report, self.parser))
+            if response.usage is not None:
+                response.usage.adaptive = report.describe()
         return response
 
 

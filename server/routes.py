@@ -14,6 +14,7 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.exceptions import VLLMValidationError
 
 from server.admission import AdaptiveState, admit
+from server.answer_headers import add_headers
 from server.protocol import (
     AdaptiveBatchRequest,
     AdaptiveChatCompletionRequest,
@@ -85,28 +86,28 @@ async def create_chat_completion(
     """OpenAI's chat completions; `temperature` may be "adaptive"."""
     note_request(request)
     admit(request, raw_request)
-    return await chat.create_chat_completion(request, raw_request)
+    return say_how(await chat.create_chat_completion(request, raw_request))
 
 
 async def create_batch(request: AdaptiveBatchRequest, raw_request: Request) -> Response:
     """Several conversations at once; `temperature` may be "adaptive"."""
     note_request(request)
     admit(request, raw_request)
-    return await chat.create_batch_chat_completion(request, raw_request)
+    return say_how(await chat.create_batch_chat_completion(request, raw_request))
 
 
 async def create_completion(request: AdaptiveCompletionRequest, raw_request: Request) -> Response:
     """OpenAI's completions; `temperature` may be "adaptive"."""
     note_request(request)
     admit(request, raw_request)
-    return await completion.create_completion(request, raw_request)
+    return say_how(await completion.create_completion(request, raw_request))
 
 
 async def create_response(request: AdaptiveResponsesRequest, raw_request: Request) -> Response:
     """OpenAI's responses; `temperature` may be "adaptive"."""
     note_request(request)
     admit(request, raw_request)
-    return await responses.create_responses(request, raw_request)
+    return say_how(await responses.create_responses(request, raw_request))
 
 
 async def create_message(request: AdaptiveMessagesRequest, raw_request: Request) -> Response:
@@ -116,7 +117,14 @@ async def create_message(request: AdaptiveMessagesRequest, raw_request: Request)
         admit(request, raw_request)
     except VLLMValidationError as error:
         return messages.translate_error_response(create_error_response(error))
-    return await messages.create_messages(request, raw_request)
+    return say_how(await messages.create_messages(request, raw_request))
+
+
+def say_how(response: Response) -> Response:
+    """The answer to the current request, with headers if it is adaptive."""
+    if (report := current_report()) is not None:
+        add_headers(response, report)
+    return response
 
 
 async def show_models(raw_request: Request) -> Response:

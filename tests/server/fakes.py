@@ -59,7 +59,7 @@ def make_http_request(state: AdaptiveState) -> SimpleNamespace:
 
 
 def make_report(
-    adaptive=None, num_choices=1, registry=None, takes_many_prompts=False, head=None
+    adaptive=None, num_choices=1, registry=None, takes_many_prompts=False, head=None, alias=None
 ) -> Report:
     """A report as admission makes it for this `adaptive` object."""
     request = parse_request(adaptive or {})
@@ -72,6 +72,7 @@ def make_report(
         metrics,
         takes_many_prompts=takes_many_prompts,
         head=head,
+        alias=alias,
     )
 
 

@@ -43,10 +43,10 @@ def adaptive_of(event: str) -> dict | None:
 
 ROLE = to_event({"choices": [{"index": 0, "delta": {"role": "assistant"}, "finish_reason": None}]})
 ECHO = to_event({"choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None}]})
-USAGE = to_event({"choices": [], "usage": {"completion_tokens": 3}})
+USAGE = to_event({"id": "c", "choices": [], "usage": {"completion_tokens": 3}, "metrics": {}})
 ERROR = to_event({"error": {"message": "boom", "code": 500}})
 COMMENTS = [": keep-alive\n\n", ': "finish_reason":"x"\n\n']
-FOREIGN = [ROLE, ECHO, USAGE, ERROR, *COMMENTS, "data: [DONE]\n\n"]
+FOREIGN = [ROLE, ECHO, ERROR, *COMMENTS, "data: [DONE]\n\n"]
 
 
 @pytest.mark.parametrize("show_tokens", [True, False])
@@ -136,6 +136,47 @@ async def test_a_summary_comes_with_the_end_only():
 
 
 @pytest.mark.parametrize("show_tokens", [True, False])
+async def test_the_summary_is_also_at_the_top_level_of_a_choices_last_chunk(show_tokens):
+    """LiteLLM drops what is on the choice of a last chunk without text."""
+    report = make_report({"report": "tokens"}, num_choices=2)
+    feed(report.begin_prompt(), (0, [0.3, 0.7], "stop"), (1, [1.0], "stop"), finished=True)
+    chunks = [chunk_of(), chunk_of(finish_reason="stop"), chunk_of(1, finish_reason="stop")]
+    begun, *ended = map(read, await write(report, *chunks, show_tokens=show_tokens))
+    assert "adaptive" not in begun
+    summaries = [report[index].describe(show_tokens=False) for index in range(2)]
+    assert [chunk["adaptive"] for chunk in ended] == summaries
+
+
+@pytest.mark.parametrize("show_tokens", [True, False])
+@pytest.mark.parametrize("num_choices", [1, 2])
+async def test_the_usage_repeats_the_summaries(num_choices, show_tokens):
+    report = make_report({"report": "tokens"}, num_choices=num_choices)
+    ends = [(index, [0.3, 0.7], "stop") for index in range(num_choices)]
+    feed(report.begin_prompt(), *ends, finished=True)
+    chunks = [chunk_of(index, finish_reason="stop") for index in range(num_choices)]
+    *_, written = await write(report, *chunks, USAGE, show_tokens=show_tokens)
+    summaries = [report[index].describe(show_tokens=False) for index in range(num_choices)]
+    found, expected = read(written), read(USAGE)
+    adaptive = found["usage"].pop("adaptive")
+    assert adaptive == (summaries if num_choices > 1 else summaries[0])
+    assert found == expected
+    assert list(found) == list(expected)
+
+
+async def test_the_usage_of_every_chunk_stays_as_it_is():
+    """vLLM's `continuous_usage_stats`: the last chunk has the summaries, as without them."""
+    report = make_report({"report": "tokens"})
+    feed(report.begin_prompt(), (0, [0.3, 0.7], "stop"), finished=True)
+    role = {"index": 0, "delta": {"role": "assistant"}}
+    chunks = [
+        to_event({"id": "c", "choices": [choice], "usage": {"completion_tokens": 1}})
+        for choice in (role, {"index": 0, "token_ids": None, "finish_reason": "stop"})
+    ]
+    for chunk in await write(report, *chunks):
+        assert read(chunk)["usage"] == {"completion_tokens": 1}
+
+
+@pytest.mark.parametrize("show_tokens", [True, False])
 async def test_text_that_looks_like_an_end_is_none(show_tokens):
     report = make_report({"report": "summary"})
     feed(report.begin_prompt(), (0, [0.3], None))
@@ -154,7 +195,7 @@ async def test_nothing_else_of_a_chunk_changes():
     )
     (written,) = await write(report, chunk)
     expected, found = read(chunk), read(written)
-    del found["choices"][0]["adaptive"]
+    del found["choices"][0]["adaptive"], found["adaptive"]
     assert found == expected
     assert list(found["choices"][0]) == list(expected["choices"][0])
 

@@ -256,16 +256,21 @@ def read(chunk: str) -> dict | None:
 
 
 def take_adaptive(chunks: list[str]) -> tuple[list, dict[int, list[float]], dict[int, dict]]:
-    """The chunks without `adaptive`; each choice's listed temperatures, and its summary."""
+    """The chunks without `adaptive`; each choice's listed temperatures, and its summary.
+
+    A summary stands twice on the chunk that ends a choice, and once more in the usage.
+    """
     rest, listed, summaries = [], {}, {}
     for chunk in chunks:
         content = read(chunk)
+        repeated = (content or {}).pop("adaptive", {})
         for choice in (content or {}).get("choices", ()):
             adaptive = choice.pop("adaptive", {})
             assert "adaptive" not in choice.get("delta", {})
             index = choice["index"]
             temperatures = adaptive.pop("temperatures", [])
             listed.setdefault(index, []).extend(temperatures)
+            assert adaptive == repeated
             if adaptive:
                 assert choice["finish_reason"] and index not in summaries
                 summaries[index] = adaptive
@@ -273,6 +278,10 @@ def take_adaptive(chunks: list[str]) -> tuple[list, dict[int, list[float]], dict
                 assert temperatures == [micro / 1e6 for micro in choice["token_ids"]]
             if "role" in choice.get("delta", {}):
                 assert not temperatures
+        if content and content.get("usage") and not content["choices"]:
+            ordered = [summaries[index] for index in sorted(summaries)]
+            wanted = ordered[0] if len(ordered) == 1 else ordered or None
+            assert content["usage"].pop("adaptive", None) == wanted
         rest.append(content or chunk)
     return rest, listed, summaries
 
@@ -323,6 +332,17 @@ async def test_an_adaptive_stream_breaks_as_vllms_does(ours, stock, end):
         rest, *_ = take_adaptive(chunks)
         assert rest == [read(chunk) or chunk for chunk in expected]
         assert "error" in rest[-2]
+
+
+@ROUTES
+@pytest.mark.parametrize("detail", ["none", "tokens"])
+async def test_a_stream_repeats_the_alias_that_was_asked_for(ours, stock, detail):
+    is_chat = stock is OpenAIServingChat
+    report = make_report({"report": detail}, takes_many_prompts=not is_chat, alias="m:adaptive")
+    options = {"stream_options": {"include_usage": True}}
+    chunks, _ = await write(ours, draw_engine(3, True, 1), report, **options)
+    names = {content["model"] for chunk in chunks if (content := read(chunk))}
+    assert names == {"m:adaptive"}
 
 
 class Parser:
