@@ -39,9 +39,15 @@ from vllm.entrypoints.openai.responses import streaming_events
 from vllm.entrypoints.openai.responses.protocol import (
     ResponsesRequest,
     ResponsesResponse,
+    ResponseUsage,
 )
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelList
+from vllm.entrypoints.serve.engine.protocol import (
+    ErrorResponse,
+    ModelCard,
+    ModelList,
+    UsageInfo,
+)
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs.engine import tokens_input
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins
@@ -86,7 +92,7 @@ from server.routes import (
     MODELS_PATH,
     RESPONSES_PATH,
 )
-from server.stream import _CHOICE, _FINISHED, _TOKENS_KEY
+from server.stream import _CHOICE, _END, _FINISHED, _NO_CHOICE, _TOKENS_KEY, _USAGE
 from tests.contract.helpers import assert_in_order, assert_parameters, parse, source
 
 # From 0.33 on a chat's chunks are made as objects, and serialised by a method around that one.
@@ -403,7 +409,14 @@ def test_field_names_are_cached_per_class(model, body):
 
 
 @pytest.mark.parametrize(
-    "model", [ChatCompletionResponseChoice, CompletionResponseChoice, ResponsesResponse]
+    "model",
+    [
+        ChatCompletionResponseChoice,
+        CompletionResponseChoice,
+        ResponsesResponse,
+        UsageInfo,
+        ResponseUsage,
+    ],
 )
 def test_answers_take_a_field_of_ours(model):
     """`adaptive` is set on vLLM's own objects, and must come out of `model_dump`."""
@@ -451,6 +464,55 @@ def test_chunks_are_compact_json_with_the_index_of_their_choice_first(model, con
         assert 'f"data:{' in source(handler)
         is_text = handler is OpenAIServingCompletion or not HAS_CHUNK_OBJECTS
         assert ("chunk.model_dump_json(exclude_unset=True)" in source(handler)) == is_text
+
+
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [
+        (ChatCompletionStreamResponse, getattr(OpenAIServingChat, CHAT_STREAM)),
+        (CompletionStreamResponse, OpenAIServingCompletion.completion_stream_generator),
+    ],
+)
+def test_the_usage_has_a_chunk_without_choices_and_nulls_in_our_field_stay(model, method):
+    """A chunk ends with its last field, and the usage is found by the text that begins it."""
+    assert_in_order(method, "choices=[],", "usage=final_usage", "yield")
+    chunk = model(model='"choices":[],"usage":{', choices=[], usage=UsageInfo())
+    chunk.usage.model_extra["adaptive"] = {"head": None}
+    line = chunk.model_dump_json(exclude_unset=False, exclude_none=True)
+    assert line.count(_NO_CHOICE) == line.count(_USAGE) == 1
+    assert '"adaptive":{"head":null}' in line
+    assert f"{line}\n\n".endswith(_END)
+
+
+@pytest.mark.parametrize(
+    ("method", "before"),
+    [
+        (OpenAIServingChat.chat_completion_stream_generator, "result_generator request_id"),
+        (getattr(OpenAIServingChat, CHAT_STREAM), "result_generator request_id"),
+        (OpenAIServingChat.chat_completion_full_generator, "result_generator request_id"),
+        (
+            OpenAIServingCompletion.completion_stream_generator,
+            "engine_inputs result_generator request_id created_time",
+        ),
+        (
+            OpenAIServingResponses.responses_stream_generator,
+            "sampling_params result_generator context",
+        ),
+        (
+            OpenAIServingResponses.responses_full_generator,
+            "sampling_params result_generator context",
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_vllm_hands_the_models_name_to_what_makes_an_answer(method, before):
+    assert_parameters(method, "self", "request", *before.split(), "model_name")
+
+
+def test_vllm_hands_the_models_name_to_what_makes_a_whole_completion():
+    method = OpenAIServingCompletion.request_output_to_completion_response
+    before = ("final_res_batch", "request", "request_id", "created_time")
+    assert_parameters(method, "self", *before, "model_name")
 
 
 def test_a_chats_chunks_take_a_field_of_ours_before_they_are_serialised():
