@@ -75,6 +75,15 @@ def test_the_python_example_runs(server):
     assert "{" in output.splitlines()[-1]
 
 
+def test_the_python_example_passes_a_type_checker(tmp_path):
+    (example,) = find_blocks("python")
+    (tmp_path / "example.py").write_text(example)
+    # With this project's settings, and so with what `make lint` has read of the client.
+    command = [sys.executable, "-m", "mypy", str(tmp_path / "example.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
+    assert done.returncode == 0, done.stdout
+
+
 def test_a_head_for_ones_own_model(model, tmp_path):
     _, init, show, serve = OWN_MODEL.replace("path/to/model", str(model)).strip().splitlines()
     assert NAME.lower() in run(f"PATH={BIN}:$PATH; {init}; {show}", cwd=tmp_path).lower()
