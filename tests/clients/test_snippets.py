@@ -38,7 +38,8 @@ OFFLINE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "HAYSTACK_TELEMETRY_ENABLED":
 @pytest.fixture(scope="module")
 def constant(tmp_path_factory) -> Iterator[Server]:
     command = [sys.executable, "-m", "tests.clients.json_server", "mock-server", *FAST, *TOOLS]
-    command.append(f"--adaptive-policy={POLICY}")
+    # The first grammar waits for the libraries, on a busy machine for seconds.
+    command += [f"--adaptive-policy={POLICY}", "--max-grammar-seconds=60"]
     with running(command, tmp_path_factory.mktemp("constant") / "log.txt") as server:
         server.wait_until_ready()
         yield server
