@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from starlette.datastructures import State
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Route
 from vllm.engine.protocol import EngineClient
@@ -26,6 +27,7 @@ from adaptive_head.vllm.settings import AdaptiveSettings, read_admin_key, read_s
 from server.admin_key import AdminKey
 from server.admission import AdaptiveState, serve_adaptive_names
 from server.engine_proxy import EngineProxy
+from server.errors import ErrorNet, answer_http_error
 from server.feature_probe import check_features
 from server.handlers import (
     AdaptiveServingChat,
@@ -41,6 +43,7 @@ from server.limits.connections import bounded_connections
 from server.limits.door import Door
 from server.limits.grammars import check_grammars_in_threads
 from server.limits.messages import bound_messages
+from server.limits.mistakes import blame_clients, watch_engine
 from server.limits.queue import Queue, refuse_full
 from server.messages import AdaptiveServingMessages
 from server.metrics import AdaptiveMetrics
@@ -87,14 +90,16 @@ class AdaptiveEndpoints:
         page = make_playground_router() if settings.playground else APIRouter()
         app.include_router(page)
         bound_messages()
+        blame_clients()
         app.exception_handler(GracefulHTTPError)(refuse_full)
+        app.exception_handler(HTTPException)(answer_http_error)
         app.state.queue = Queue()
         observers = make_observers(args, settings)
         # Inside of all others: refusals are recorded and counted as answers of their routes, and a
         # request is one task from here on. The admin key comes before `Door`, which reads the body.
         door = Middleware(Door, limits=settings.limits, queue=app.state.queue)
         admin_key = Middleware(AdminKey, limits=settings.limits)
-        app.user_middleware += [admin_key, door, Middleware(Holding)]
+        app.user_middleware += [admin_key, door, Middleware(ErrorNet), Middleware(Holding)]
         app.add_middleware(Gate, drain=DRAIN)
         if observers:
             app.add_middleware(Recorder, paths=ADAPTIVE_PATHS, observers=observers)
@@ -142,6 +147,7 @@ class AdaptiveEndpoints:
         )
         replace_stock_check(state.application)
         check_grammars_in_threads(engine_client, settings.limits)
+        watch_engine(engine_client)
         state.queue.watch(engine_client)
         control = None
         if admin_key is not None and settings.heads_dir is not None:

@@ -88,6 +88,13 @@ class AdaptiveResponsesRequest(AdaptiveFields, ResponsesRequest):
 
     field_names: ClassVar[set[str] | None] = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_parts(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("input"), list):
+            _check_no_refusal(data["input"])
+        return data
+
 
 class AdaptiveMessagesRequest(AdaptiveFields, AnthropicMessagesRequest):
     """`/v1/messages`, which vLLM answers as a chat"""
@@ -136,6 +143,18 @@ def _check_options(value: Any) -> None:
         parse_request(value)
     except OptionError as error:
         raise invalid_option(error) from None
+
+
+def _check_no_refusal(items: list[Any]) -> None:
+    # vLLM's types take such a part, and its conversion to a chat fails over it.
+    for index, item in enumerate(items):
+        content = item.get("content") if isinstance(item, dict) else None
+        for position, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, dict) and part.get("type") == "refusal":
+                raise VLLMValidationError(
+                    "a refusal cannot be passed to the model; send its text as output_text",
+                    parameter=f"input.{index}.content.{position}",
+                )
 
 
 def invalid_option(error: OptionError) -> VLLMValidationError:

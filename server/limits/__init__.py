@@ -2,8 +2,10 @@
 
 - `connections`: a request's head, and connections that send none
 - `door`: headers, body, the engine's queue
-- `shape`: what is in the body
+- `body`: whether the body can be read
+- `shape`: what is in it
 - `grammars`: structured outputs, checked away from the event loop
+- `mistakes`: 400 rather than 500 for what cannot be read all the same
 - `messages`: how long an error message may be
 
 `adaptive_head.vllm.limits` has the limits themselves.

@@ -37,7 +37,7 @@ class Door:
             message = await self._read(receive)
             if find_path(scope) in ENGINE_PATHS:
                 self._queue.check()
-            await self._check_body(message.get("body", b""))
+            await self._check_body(message.get("body", b""), is_json=says_json(scope))
         except Refusal as refusal:
             return await self._refuse(refusal, receive, send)
         await self._app(scope, replay(message, receive), send)
@@ -100,11 +100,11 @@ class Door:
         self._check_size(len(message.get("body", b"")))
         return message
 
-    async def _check_body(self, body: bytes) -> None:
+    async def _check_body(self, body: bytes, *, is_json: bool) -> None:
         if len(body) > MAX_INLINE_BYTES:
-            await asyncio.to_thread(check_body, body, self._limits)
+            await asyncio.to_thread(check_body, body, self._limits, is_json=is_json)
         elif body:
-            check_body(body, self._limits)
+            check_body(body, self._limits, is_json=is_json)
 
     async def _read_rest(self, message: Message, receive: Receive) -> Message:
         parts = bytearray()
@@ -121,6 +121,15 @@ class Door:
         if refusal.status in UNREAD and refusal.status != HTTPStatus.REQUEST_TIMEOUT:
             return await refuse_unread(receive, send, refusal, self._limits)
         await send_refusal(send, refusal)
+
+
+def says_json(scope: Scope) -> bool:
+    """Whether a request's headers say that its body is JSON."""
+    for name, value in scope["headers"]:
+        if name == b"content-type":
+            media_type = value.split(b";", 1)[0].strip().lower()
+            return bool(media_type == b"application/json" or media_type.endswith(b"+json"))
+    return False
 
 
 def replay(message: Message, receive: Receive) -> Receive:

@@ -6,9 +6,10 @@ send, and the event loop waits meanwhile.
 """
 
 import re
-import sys
 
 from vllm.entrypoints.serve.exception_handling import utils
+
+from server.limits.replacing import replace_function
 
 MAX_MESSAGE_LEN = 2000
 # 2000 characters in words of this length take vLLM 8 ms.
@@ -32,11 +33,6 @@ def sanitize_bounded(message: str) -> str:
 def bound_messages() -> None:
     """Let all of vLLM's routes sanitise shortened messages only.
 
-    vLLM offers no place for it: its exception handlers call the function, and so do its routes.
-    Modules that are imported later find ours in `utils`.
+    Its exception handlers call the function, and so do its routes.
     """
-    for name, module in list(sys.modules.items()):
-        if name.startswith("vllm.entrypoints") and (
-            vars(module).get("sanitize_message") is _stock_sanitize
-        ):
-            module.sanitize_message = sanitize_bounded  # type: ignore[attr-defined]
+    replace_function(_stock_sanitize, sanitize_bounded)

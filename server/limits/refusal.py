@@ -29,10 +29,10 @@ UNREAD = (
 
 
 class Refusal(Exception):
-    """A request exceeds a limit, or lacks a key.
+    """A request is not taken: it exceeds a limit, lacks a key, or cannot be read.
 
     Attributes:
-        param: the field that does, in the body; or "body", "headers".
+        param: the field that is the reason, in the body; or "body", "headers".
         challenge: of a 401: the kind of key that the server wants.
     """
 
@@ -70,6 +70,11 @@ class Refusal(Exception):
         return json.dumps({"error": error}).encode()
 
 
+def bound_param(param: str) -> str:
+    """A field's path, cut to a length that can be read."""
+    return param if len(param) <= MAX_PARAM_LEN else param[:MAX_PARAM_LEN] + "…"
+
+
 def exceeds(
     limits: Limits,
     limit: str,
@@ -85,8 +90,7 @@ def exceeds(
         what: of what there is too much, in the plural.
         found: how many there are, where that is known.
     """
-    if len(param) > MAX_PARAM_LEN:
-        param = param[:MAX_PARAM_LEN] + "…"
+    param = bound_param(param)
     got = "" if found is None else f", got {found}"
     maximum = getattr(limits, limit)
     message = f"{param}: at most {maximum} {what}{got} ({option_name(limit)} of the server)"

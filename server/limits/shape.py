@@ -1,17 +1,20 @@
 """What a request's body may contain: how many answers, and how long names and lists are.
 
-Decided on the parsed JSON before vLLM's classes see it, alike for all routes. Wrong types are left
-to them; a text is bounded by the body's size and the model's context.
+Decided on the parsed JSON before vLLM's classes see it, alike for all routes. Types are left to
+them, except where a wrong one breaks them. A text is bounded by the body's size and the model's
+context.
 """
 
 import json
 from collections.abc import Collection
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
 
 from adaptive_head.vllm.limits import Limits
-from server.limits.refusal import exceeds
+from server.limits.body import read_fields
+from server.limits.refusal import Refusal, exceeds
 
 # Fields that take one name, and those that take one or many.
 NAMES = frozenset(
@@ -48,30 +51,21 @@ GRAMMARS = frozenset(
 NESTED = frozenset(
     {"function", "json_schema", "response_format", "sampling_params", "text", "tool_choice"}
 )
+# vLLM's validators read its fields before they know its type.
+OBJECT = "structured_outputs"
 _MAX_DEPTH = 4
-_decode = msgspec.json.decode
 
 
-def read_fields(body: bytes) -> dict[str, Any] | None:
-    """The fields of a JSON object; None for a body that is none, which the route refuses."""
-    try:
-        fields = _decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        # The routes' own parser takes more: NaN, lone surrogates, UTF-16.
-        try:
-            fields = json.loads(body)
-        except (ValueError, RecursionError):
-            return None
-    return fields if type(fields) is dict else None
-
-
-def check_body(body: bytes, limits: Limits) -> None:
+def check_body(body: bytes, limits: Limits, *, is_json: bool = True) -> None:
     """Check the JSON in a body.
 
+    Args:
+        is_json: as in `read_fields`.
+
     Raises:
-        Refusal: a field exceeds a limit.
+        Refusal: the body cannot be read, or a field exceeds a limit.
     """
-    fields = read_fields(body)
+    fields = read_fields(body, is_json=is_json)
     if fields is not None:
         check_fields(fields, limits)
 
@@ -107,6 +101,8 @@ def check_fields(fields: dict[str, Any], limits: Limits, path: str = "", depth: 
                 check_fields(value, limits, f"{path}{key}.", depth + 1)
             else:
                 check_keys(value, limits, f"{path}{key}.")
+    if not isinstance(fields.get(OBJECT), dict | None):
+        raise refuse_type(path + OBJECT)
     is_request = depth == 0 or path == "sampling_params."
     if not is_request or (num_prompts == 1 and "n" not in fields):
         return
@@ -114,6 +110,11 @@ def check_fields(fields: dict[str, Any], limits: Limits, path: str = "", depth: 
     if num_choices > limits.max_choices:
         param = f"{path}n" if num_prompts == 1 else f"{path}prompt"
         raise exceeds(limits, "max_choices", param, "prompts × n", num_choices)
+
+
+def refuse_type(path: str) -> Refusal:
+    """The refusal of a field that must be an object."""
+    return Refusal(HTTPStatus.BAD_REQUEST, f"{path}: must be an object or null", path)
 
 
 def check_list(key: str, items: list[Any], limits: Limits, path: str) -> int:
