@@ -16,6 +16,7 @@ from time import monotonic
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from vllm.config import VllmConfig
 from vllm.renderers import BaseRenderer
 from vllm.sampling_params import SamplingParams
@@ -30,7 +31,7 @@ from vllm.v1.engine import (
 )
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
-from vllm.v1.outputs import LogprobsLists, SamplingMaskLists
+from vllm.v1.outputs import LogprobsLists, LogprobsTensors, SamplingMaskLists
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from adaptive_head.checkpoint import read_metadata
@@ -206,8 +207,13 @@ class MockCore(EngineCoreClient):
         if is_last:
             output.finish_reason = FinishReason.LENGTH if is_full else FinishReason.STOP
         if is_first:
-            num_tokens = len(answer.request.prompt_token_ids or ())
-            output.prefill_stats = PrefillStats(num_tokens, num_tokens)
+            prompt = answer.request.prompt_token_ids or []
+            output.prefill_stats = PrefillStats(len(prompt), len(prompt))
+            # The first token has none.
+            if answer.params.prompt_logprobs is not None and len(prompt) > 1:
+                output.new_prompt_logprobs_tensors = make_prompt_logprobs(
+                    prompt, answer.params.prompt_logprobs
+                )
             output.events = [
                 EngineCoreEvent.new_event(EngineCoreEventType.QUEUED, answer.queued),
                 EngineCoreEvent.new_event(EngineCoreEventType.SCHEDULED, answer.started),
@@ -278,7 +284,24 @@ def bound(temperature: float, options: Options) -> int:
 
 def make_logprobs(token_id: int, num_logprobs: int) -> LogprobsLists:
     """Log-probabilities of a token and as many others, all alike."""
-    token_ids = np.arange(max(0, num_logprobs) + 1, dtype=np.int32)
-    token_ids[0] = token_id
-    logprobs = np.full(token_ids.shape, -1.0, np.float32)
-    return LogprobsLists(token_ids[None], logprobs[None], np.ones(1, np.int32))
+    return LogprobsLists(*make_table([token_id], num_logprobs))
+
+
+def make_prompt_logprobs(token_ids: list[int], num_logprobs: int) -> LogprobsTensors:
+    """Log-probabilities of a prompt's tokens from the second on; there is one at least."""
+    return LogprobsTensors(*map(torch.from_numpy, make_table(token_ids[1:], num_logprobs)))
+
+
+def make_table(
+    token_ids: list[int], num_logprobs: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids and log-probabilities, `[tokens, others + 1]`, and ranks, `[tokens]`.
+
+    Args:
+        num_logprobs: how many other tokens each row has. For -1, all of the vocabulary, there are
+            none: a table of that size would cost more than everything that is measured here.
+    """
+    table = np.tile(np.arange(max(0, num_logprobs) + 1, dtype=np.int32), (len(token_ids), 1))
+    table[:, 0] = token_ids
+    logprobs = np.full(table.shape, -1.0, np.float32)
+    return table, logprobs, np.ones(len(token_ids), np.int32)

@@ -53,6 +53,27 @@ def test_several_prompts_and_answers_and_log_probabilities(mock):
         assert choice["adaptive"]["tokens"] == len(choice["logprobs"]["tokens"]) == 12
 
 
+@pytest.mark.parametrize("asked", [{"prompt_logprobs": 2}, {"echo": True, "logprobs": 2}])
+def test_the_prompt_has_log_probabilities(mock, asked):
+    prompt = "One two three four"
+    tokens = mock.post("/tokenize", {"prompt": prompt}).json()["tokens"]
+    (choice,) = complete(mock, prompt=prompt, temperature=1.0, **asked)["choices"]
+    if "echo" in asked:
+        logprobs = choice["logprobs"]["token_logprobs"]
+        assert logprobs == [None] + [-1.0] * (len(tokens) - 1 + 12)
+    else:
+        first, *others = choice["prompt_logprobs"]
+        assert first is None
+        for token, row in zip(tokens[1:], others, strict=True):
+            assert len(row) >= 2
+            assert row[str(token)]["logprob"] == -1.0
+
+
+def test_a_prompt_of_one_token_has_no_log_probabilities(mock):
+    (choice,) = complete(mock, prompt="a", prompt_logprobs=1)["choices"]
+    assert choice["prompt_logprobs"] == [None]
+
+
 def test_an_ordinary_answer_is_ordinary(mock):
     (choice,) = complete(mock, temperature=0.7)["choices"]
     assert "adaptive" not in choice
@@ -90,7 +111,7 @@ def test_more_requests_than_fit_wait_and_all_are_answered(mock):
 @pytest.mark.parametrize("field", ["request_id", "stop"])
 def test_a_lone_surrogate_does_not_end_the_engine(mock, field):
     body = {"model": EMBEDDED_NAME, "prompt": "Hi", "max_tokens": 2, field: "\ud800"}
-    assert not mock.post("/v1/completions", body).is_success
+    assert mock.post("/v1/completions", body).status_code == 400
     assert complete(mock)["usage"]["completion_tokens"] == 12
 
 
