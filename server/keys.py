@@ -9,6 +9,7 @@ import hmac
 from argparse import Namespace
 from collections.abc import Collection, Iterable
 from http import HTTPStatus
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -84,7 +85,7 @@ def replace_stock_check(app: Starlette) -> None:
     It would come first, and its refusals have neither OpenAI's form nor the headers that let a
     browser's scripts read them. Before the application starts.
     """
-    classes = [entry.cls for entry in app.user_middleware]
+    classes: list[Any] = [entry.cls for entry in app.user_middleware]
     if ApiKeys in classes and AuthenticationMiddleware in classes:
         del app.user_middleware[classes.index(AuthenticationMiddleware)]
         # vLLM has built it already.
@@ -105,6 +106,6 @@ def for_websocket(send: Send) -> Send:
     """`send` for an ordinary answer to a request that asks for a websocket."""
 
     async def prefixed(message: Message) -> None:
-        await send(message | {"type": f"websocket.{message['type']}"})
+        await send({**message, "type": f"websocket.{message['type']}"})
 
     return prefixed
