@@ -17,7 +17,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from server.report import Report
+from server.report import Report, current_report
 from server.stream import ChunkWriter, write_chunks
 
 # vLLM 0.33 makes a chat's chunks as objects first; 0.32 only as text.
@@ -36,7 +36,7 @@ class AdaptiveServingChat(OpenAIServingChat):
         *args: Any,
         **kwargs: Any,
     ) -> AsyncGenerator[str, None]:
-        name = name_model(request, model_name)
+        name = name_model(model_name)
         chunks = super().chat_completion_stream_generator(
             request, result_generator, request_id, name, *args, **kwargs
         )
@@ -52,7 +52,7 @@ class AdaptiveServingChat(OpenAIServingChat):
         *args: Any,
         **kwargs: Any,
     ) -> AsyncGenerator[Any, None]:
-        name = name_model(request, model_name)
+        name = name_model(model_name)
         chunks = super().chat_completion_stream_generator_raw(
             request, result_generator, request_id, name, *args, **kwargs
         )
@@ -68,7 +68,7 @@ class AdaptiveServingChat(OpenAIServingChat):
         *args: Any,
         **kwargs: Any,
     ) -> Coroutine[Any, Any, ErrorResponse | ChatCompletionResponse]:
-        name = name_model(request, model_name)
+        name = name_model(model_name)
         answer = super().chat_completion_full_generator(
             request, result_generator, request_id, name, *args, **kwargs
         )
@@ -81,9 +81,18 @@ class AdaptiveServingChatBatch(OpenAIServingChatBatch):
     """`/v1/chat/completions/batch`"""
 
     def chat_completion_full_generator_batch(
-        self, request: Any, *args: Any, **kwargs: Any
+        self,
+        request: Any,
+        generators: Any,
+        request_id: str,
+        model_name: str,
+        *args: Any,
+        **kwargs: Any,
     ) -> Coroutine[Any, Any, ErrorResponse | ChatCompletionResponse]:
-        answer = super().chat_completion_full_generator_batch(request, *args, **kwargs)
+        name = name_model(model_name)
+        answer = super().chat_completion_full_generator_batch(
+            request, generators, request_id, name, *args, **kwargs
+        )
         if (report := find_shown_report(request)) is None:
             return answer
         return describe_chat(answer, report, shows_tokens(request, report, self.parser_cls))
@@ -106,7 +115,7 @@ class AdaptiveServingCompletion(OpenAIServingCompletion):
         report = find_shown_report(request)
         if report is not None and report.detail == "tokens" and len(engine_inputs) > 1:
             result_generator = report.follow(result_generator)
-        name = name_model(request, model_name)
+        name = name_model(model_name)
         chunks = super().completion_stream_generator(
             request,
             engine_inputs,
@@ -130,7 +139,7 @@ class AdaptiveServingCompletion(OpenAIServingCompletion):
         *args: Any,
         **kwargs: Any,
     ) -> CompletionResponse:
-        name = name_model(request, model_name)
+        name = name_model(model_name)
         answer = super().request_output_to_completion_response(
             final_res_batch, request, request_id, created_time, name, *args, **kwargs
         )
@@ -167,9 +176,9 @@ def describe_choices(
     answer.usage.adaptive = report.describe()
 
 
-def name_model(request: Any, model_name: str) -> str:
-    """The model's name in an answer: the alias where that was asked for, else vLLM's."""
-    report = find_report(request)
+def name_model(model_name: str) -> str:
+    """The model's name in the current answer: the alias where that was asked for, else vLLM's."""
+    report = current_report()
     return model_name if report is None or report.alias is None else report.alias
 
 

@@ -12,7 +12,7 @@ from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from server.handlers import find_report
+from server.handlers import AdaptiveServingChat, find_report
 from server.protocol import carry_options
 from server.report import Report, current_report
 
@@ -26,8 +26,8 @@ class AdaptiveMessagesResponse(AnthropicMessagesResponse):
     adaptive: dict[str, Any]
 
 
-class AdaptiveServingMessages(AnthropicServingMessages):
-    """`/v1/messages`"""
+class AdaptiveServingMessages(AnthropicServingMessages, AdaptiveServingChat):
+    """`/v1/messages`; its chats are answered as those of clients."""
 
     @classmethod
     def to_chat_completion_request(

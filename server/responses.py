@@ -69,7 +69,7 @@ class AdaptiveServingResponses(OpenAIServingResponses):
     ) -> AsyncGenerator[Any, None]:
         report = find_report(request)
         shown = sampling_params if report is None else without_temperature(sampling_params)
-        name = name_model(request, model_name)
+        name = name_model(model_name)
         events = super().responses_stream_generator(
             request, shown, result_generator, context, name, *args, **kwargs
         )
@@ -90,7 +90,7 @@ class AdaptiveServingResponses(OpenAIServingResponses):
     ) -> Coroutine[Any, Any, ErrorResponse | ResponsesResponse]:
         report = find_report(request)
         shown = sampling_params if report is None else without_temperature(sampling_params)
-        name = name_model(request, model_name)
+        name = name_model(model_name)
         answer = super().responses_full_generator(
             request, shown, result_generator, context, name, *args, **kwargs
         )

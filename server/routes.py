@@ -10,7 +10,7 @@ from vllm.entrypoints.openai.chat_completion import api_router as chat
 from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.openai.models import api_router as models
 from vllm.entrypoints.openai.responses import api_router as responses
-from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.exception_handling import error_response
 from vllm.exceptions import VLLMValidationError
 
 from server.admission import AdaptiveState, admit
@@ -116,12 +116,17 @@ async def create_message(request: AdaptiveMessagesRequest, raw_request: Request)
     try:
         admit(request, raw_request)
     except VLLMValidationError as error:
-        return messages.translate_error_response(create_error_response(error))
+        return messages.translate_error_response(error_response.create_error_response(error))
     return say_how(await messages.create_messages(request, raw_request))
 
 
-def say_how(response: Response) -> Response:
-    """The answer to the current request, with headers if it is adaptive."""
+def say_how(response: Response | None) -> Response:
+    """The answer to the current request, with headers if it is adaptive.
+
+    vLLM has none for a client that has left.
+    """
+    if response is None:
+        return Response()
     if (report := current_report()) is not None:
         add_headers(response, report)
     return response

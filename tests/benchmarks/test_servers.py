@@ -23,6 +23,7 @@ def test_the_tiny_servers_have_the_same_engine(tmp_path):
     wanted = vars(make_arg_parser(FlexibleArgumentParser()).parse_args(stock[len(STOCK) :]))
     assert {name for name, value in wanted.items() if found[name] != value} == {
         "additional_config",
+        "host",
         "max_num_queued_reqs",
         "model",
         "model_tag",

@@ -183,3 +183,39 @@ def test_an_answer_repeats_the_alias_that_was_asked_for(mock, path, detail):
     named = [chunk.get("response", chunk) for chunk in chunks]
     assert {content["model"] for content in named if "model" in content} == {ALIAS}
     assert answer(mock, path)["model"] == EMBEDDED_NAME
+
+
+CONVERSATION = PROMPTS[CHAT]["messages"]
+ELSEWHERE = {
+    "/v1/messages": {"messages": CONVERSATION},
+    "/v1/chat/completions/batch": {"messages": [CONVERSATION, CONVERSATION]},
+    "/invocations": {"prompt": "Hi"},
+}
+
+
+@pytest.mark.parametrize("path", ELSEWHERE)
+def test_every_other_route_has_the_headers_and_the_alias(mock, path):
+    body = ELSEWHERE[path] | {"max_tokens": 9}
+    response = mock.post(path, body | {"model": ALIAS, "adaptive": {"head": "sequence"}})
+    found = response.raise_for_status().json()
+    summaries = [part["adaptive"] for part in found.get("choices", [found])]
+    num_tokens = sum(summary["tokens"] for summary in summaries)
+    mean = sum(summary["mean"] * summary["tokens"] for summary in summaries) / num_tokens
+    headers = headers_of(response)
+    assert float(headers.pop("x-adaptive-mean")) == pytest.approx(mean, abs=1e-5)
+    assert headers == {"x-adaptive-policy": "head", "x-adaptive-head": "sequence"}
+    assert found["model"] == ALIAS
+    response = mock.post(path, body | {"model": EMBEDDED_NAME, "temperature": 0.7})
+    assert response.raise_for_status().json()["model"] == EMBEDDED_NAME
+    assert not headers_of(response)
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/invocations"])
+def test_streams_of_every_other_route_have_them_too(mock, path):
+    body = ELSEWHERE[path] | {"max_tokens": 9, "stream": True, "model": ALIAS}
+    response = mock.post(path, body).raise_for_status()
+    assert headers_of(response).keys() == {"x-adaptive-policy", "x-adaptive-head"}
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines()]
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    named = [event.get("message", event) for event in events]
+    assert {content["model"] for content in named if "model" in content} == {ALIAS}

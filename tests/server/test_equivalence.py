@@ -121,6 +121,9 @@ def test_chats_are_vllms(server, stock, case):
 def test_refusals_are_vllms(server, stock, case):
     ours, theirs = (complete(which, REFUSED[case]) for which in (server, stock))
     assert ours["status"] in (400, 404)
+    # Except that a name which does not exist is answered with one more that does.
+    error = ours["error"]
+    error["message"] = error["message"].replace(f", {MODEL}:adaptive.", ".")
     assert ours == theirs
 
 

@@ -96,15 +96,16 @@ class Server:
 
     async def create_response(self, request, raw_request):
         handler = self.responses
+        passed = PARAMS, self.engine, None, "smol"
         if not request.background:
             if request.stream:
-                return handler.responses_stream_generator(request, PARAMS, self.engine)
-            return await handler.responses_full_generator(request, PARAMS, self.engine)
+                return handler.responses_stream_generator(request, *passed)
+            return await handler.responses_full_generator(request, *passed)
         handler.event_store = {}
         run = handler._run_background_request
         if request.stream:
             run = handler._run_background_request_stream
-        self.background.append(asyncio.create_task(run(request, PARAMS, self.engine)))
+        self.background.append(asyncio.create_task(run(request, *passed)))
         return ResponsesResponse.model_construct(id="r", status="queued")
 
     async def ask(self, connection, path=CHAT_PATH, **fields) -> None:
@@ -186,7 +187,8 @@ async def test_an_answer_holds_its_head_until_it_is_over(server, stream, n):
     server.engine.may_end.set()
     await asked
     assert (connection.status, server.num_holders) == (200, 0)
-    assert connection.text.count('"max":0.7') == n
+    # Of each answer, and again in the usage or at the top of its last chunk.
+    assert connection.text.count('"max":0.7') == 2 * n
 
 
 @STREAM
@@ -279,12 +281,12 @@ def turns(monkeypatch):
             if turn == 0:
                 await tool.wait()
 
-    async def whole(handler, request, params, engine):
+    async def whole(handler, request, params, engine, *_):
         async for _ in generate(request, engine):
             pass
         return ResponsesResponse.model_construct()
 
-    async def stream(handler, request, params, engine):
+    async def stream(handler, request, params, engine, *_):
         async for event in generate(request, engine):
             yield event
 

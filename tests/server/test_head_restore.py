@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
 
 from adaptive_head.library import LOADED_FILE
 from server.limits.queue import Queue
@@ -174,14 +175,19 @@ async def test_a_server_restores_heads_before_it_answers(setup, save, folder, mo
     config.additional_config = {"adaptive": settings}
     server.engines.renderer = None
     monkeypatch.setenv("ADAPTIVE_ADMIN_KEY", control.KEY)
-    for name in ("require_engine_side", "refuse_unsupported", "check_grammars_in_threads"):
+    for name in (
+        "require_engine_side",
+        "refuse_unsupported",
+        "check_grammars_in_threads",
+        "watch_engine",
+    ):
         monkeypatch.setattr(f"server.plugin.{name}", lambda *_: None)
     monkeypatch.setattr("server.plugin.HANDLERS", {})
     make = control.AdaptiveMetrics
     monkeypatch.setattr(
         "server.plugin.AdaptiveMetrics", lambda *args: make(*args, CollectorRegistry())
     )
-    paths = [SimpleNamespace(name="smol")]
+    paths = [BaseModelPath("smol", "smol")]
     models = SimpleNamespace(base_model_paths=paths)
     state = SimpleNamespace(openai_serving_models=models, queue=Queue(), application=server.app)
     await AdaptiveEndpoints().init_state(server.engines, state, None)

@@ -176,10 +176,10 @@ PARAMS = SamplingParams(max_tokens=1)
 def respond(monkeypatch):
     """The finished response and the delta of one token, by our handler over vLLM's."""
 
-    async def full(handler, request, params):
+    async def full(handler, request, *_):
         return ResponsesResponse.model_construct()
 
-    async def stream(handler, request, params):
+    async def stream(handler, request, *_):
         yield SimpleNamespace(type="response.output_text.delta")
 
     monkeypatch.setattr(OpenAIServingResponses, "responses_full_generator", full)
@@ -188,8 +188,9 @@ def respond(monkeypatch):
     async def run(request, parser=None):
         handler = AdaptiveServingResponses.__new__(AdaptiveServingResponses)
         handler.parser = parser
-        response = await handler.responses_full_generator(request, PARAMS)
-        (delta,) = [event async for event in handler.responses_stream_generator(request, PARAMS)]
+        passed = request, PARAMS, None, None, "smol"
+        response = await handler.responses_full_generator(*passed)
+        (delta,) = [event async for event in handler.responses_stream_generator(*passed)]
         return (response.model_extra or {}).get("adaptive"), getattr(delta, "adaptive", None)
 
     return run

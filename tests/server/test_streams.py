@@ -340,6 +340,7 @@ async def test_a_stream_repeats_the_alias_that_was_asked_for(ours, stock, detail
     is_chat = stock is OpenAIServingChat
     report = make_report({"report": detail}, takes_many_prompts=not is_chat, alias="m:adaptive")
     options = {"stream_options": {"include_usage": True}}
+    set_current_report(report)
     chunks, _ = await write(ours, draw_engine(3, True, 1), report, **options)
     names = {content["model"] for chunk in chunks if (content := read(chunk))}
     assert names == {"m:adaptive"}
