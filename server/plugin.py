@@ -183,7 +183,8 @@ def extend_handler(handler: Any, handler_class: type[Any], proxy: EngineProxy) -
     Raises:
         UnsupportedError: it is not of the class that ours extends.
     """
-    (wanted,), found = handler_class.__bases__, handler.__class__
+    # The first base is the class that vLLM has.
+    wanted, found = handler_class.__bases__[0], handler.__class__
     if found is not wanted:
         raise UnsupportedError(
             f"adaptive temperatures need vLLM's {wanted.__name__}, found {found.__name__}"
