@@ -146,7 +146,7 @@ class AdaptiveEndpoints:
             settings.heads_dir, parallel._api_process_count, parallel.enable_elastic_ep
         )
         replace_stock_check(state.application)
-        check_grammars_in_threads(engine_client, settings.limits)
+        await check_grammars_in_threads(engine_client, settings.limits)
         watch_engine(engine_client)
         state.queue.watch(engine_client)
         control = None

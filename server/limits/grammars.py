@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from adaptive_head.vllm.limits import Limits, option_name
 
@@ -138,7 +138,7 @@ def run_in_thread(
     return thread, result
 
 
-def check_grammars_in_threads(engine_client: Any, limits: Limits) -> None:
+async def check_grammars_in_threads(engine_client: Any, limits: Limits) -> None:
     """Let an engine client check grammars here rather than where it prepares a request."""
     processor = engine_client.input_processor
     # Without its configuration, the processor leaves grammars unchecked.
@@ -148,3 +148,8 @@ def check_grammars_in_threads(engine_client: Any, limits: Limits) -> None:
         params._validate_structured_outputs(processor.model_config, config, processor.tokenizer)
 
     engine_client.add_request = GrammarGate(engine_client.add_request, check, limits).add_request
+    # The first check loads the compilers, for which a request's time may be too short. What is
+    # wrong with them, a request will be told.
+    first = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
+    with suppress(Exception):
+        await asyncio.to_thread(check, first)

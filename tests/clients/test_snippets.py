@@ -38,8 +38,7 @@ OFFLINE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "HAYSTACK_TELEMETRY_ENABLED":
 @pytest.fixture(scope="module")
 def constant(tmp_path_factory) -> Iterator[Server]:
     command = [sys.executable, "-m", "tests.clients.json_server", "mock-server", *FAST, *TOOLS]
-    # The first grammar waits for the libraries, on a busy machine for seconds.
-    command += [f"--adaptive-policy={POLICY}", "--max-grammar-seconds=60"]
+    command.append(f"--adaptive-policy={POLICY}")
     with running(command, tmp_path_factory.mktemp("constant") / "log.txt") as server:
         server.wait_until_ready()
         yield server

@@ -7,6 +7,7 @@ import os
 import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -178,10 +179,10 @@ async def test_a_server_restores_heads_before_it_answers(setup, save, folder, mo
     for name in (
         "require_engine_side",
         "refuse_unsupported",
-        "check_grammars_in_threads",
         "watch_engine",
     ):
         monkeypatch.setattr(f"server.plugin.{name}", lambda *_: None)
+    monkeypatch.setattr("server.plugin.check_grammars_in_threads", AsyncMock())
     monkeypatch.setattr("server.plugin.HANDLERS", {})
     make = control.AdaptiveMetrics
     monkeypatch.setattr(

@@ -384,12 +384,27 @@ async def test_vllms_check_runs_in_the_thread_and_nowhere_else():
         added.append(params)
 
     client = SimpleNamespace(input_processor=processor, add_request=add_request)
-    check_grammars_in_threads(client, Limits(max_grammar_seconds=HANG_S))
+    await check_grammars_in_threads(client, Limits(max_grammar_seconds=HANG_S))
     assert processor.structured_outputs_config is None
     await client.add_request("r", "p", ask_for("[ab]+"))
     assert added[0].structured_outputs._backend == "xgrammar"
     with pytest.raises(VLLMValidationError, match="regex"):
         await client.add_request("r", "p", ask_for("("))
+
+
+async def test_the_compilers_are_loaded_before_the_first_request(monkeypatch):
+    """And a server starts even where they cannot be."""
+    checked = []
+
+    def check(params, *_):
+        checked.append(params.structured_outputs.regex)
+        raise ImportError("no compiler")
+
+    monkeypatch.setattr(SamplingParams, "_validate_structured_outputs", check)
+    processor = SimpleNamespace(structured_outputs_config=None, model_config=None, tokenizer=None)
+    client = SimpleNamespace(input_processor=processor, add_request=None)
+    await check_grammars_in_threads(client, Limits())
+    assert len(checked) == 1
 
 
 def test_the_handler_of_a_full_queue_survives_vllms_own():
