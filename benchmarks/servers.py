@@ -77,7 +77,9 @@ def start(command: list[str]) -> Iterator[Server]:
     """A server on a free port, until the block ends."""
     port = find_port()
     command = [*command, "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    # Requests are sent without a key.
+    environment = os.environ | {"VLLM_API_KEY": ""}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     try:
         yield Server(port, process)
     finally:

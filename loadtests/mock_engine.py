@@ -265,15 +265,16 @@ def begins_with_answer(prompt_token_ids: list[int], options: Options) -> bool:
     """Whether thinking is over where a two-phase prompt ends. The mock's words end none."""
     written = prompt_token_ids[max(0, len(prompt_token_ids) - options.num_written) :]
     for end in range(len(written), 0, -1):
-        if ends_with(written[:end], options.marker_token_ids):
+        if has_before(written, end, options.marker_token_ids):
             return True
-        if ends_with(written[:end], options.start_token_ids):
+        if has_before(written, end, options.start_token_ids):
             return False
     return False
 
 
-def ends_with(token_ids: list[int], marker: Sequence[int]) -> bool:
-    return bool(marker) and token_ids[-len(marker) :] == list(marker)
+def has_before(token_ids: list[int], end: int, marker: Sequence[int]) -> bool:
+    """Whether a marker ends before the position `end`."""
+    return bool(marker) and token_ids[max(0, end - len(marker)) : end] == list(marker)
 
 
 def bound(temperature: float, options: Options) -> int:

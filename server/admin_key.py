@@ -12,14 +12,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from adaptive_head.vllm.limits import Limits
 from adaptive_head.vllm.settings import ADMIN_KEY_VARIABLE
 from server.admission import AdaptiveState
-from server.keys import digest, find_header
+from server.keys import READING_METHODS, digest, find_header
 from server.limits.refusal import Refusal, refuse_unread
 from server.record import find_path
 
 ADMIN_KEY_HEADER = "X-Admin-Key"
 # Every route below it that is more than a look needs the admin key.
 CONTROLLED_PATHS = "/v1/adaptive/"
-READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 # What a wrong key costs its sender. The right one never waits.
 DELAY_S = 1.0
 # So many wait at once. Beyond them, wrong keys are refused without a delay, and not kept.

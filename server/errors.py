@@ -6,6 +6,7 @@ from http import HTTPStatus
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling import error_response
 from vllm.logger import init_logger
@@ -17,6 +18,7 @@ logger = init_logger("vllm.adaptive")
 
 BODY_METHODS = frozenset({"DELETE", "PATCH", "POST", "PUT"})
 RESPONSES_PATH = "/v1/responses"
+MESSAGES_PATH = "/v1/messages"
 TYPES = {
     HTTPStatus.NOT_FOUND: "NotFoundError",
     HTTPStatus.METHOD_NOT_ALLOWED: "MethodNotAllowedError",
@@ -60,6 +62,9 @@ class ErrorNet:
 
         try:
             await self._app(scope, receive, watched)
+        except ClientDisconnect:
+            # Nobody is left to answer.
+            return
         except Exception as error:
             if start is None:
                 await self._answer(error, scope, receive, send)
@@ -89,7 +94,11 @@ def is_event_stream(start: Message) -> bool:
 def make_last_event(scope: Scope) -> Message:
     """The end of a stream that broke, as the clients of its route read it."""
     error: dict[str, object] = {"message": _BROKEN, "param": None}
-    if find_path(scope).startswith(RESPONSES_PATH):
+    path = find_path(scope)
+    if path.startswith(MESSAGES_PATH):
+        message = {"type": "error", "error": {"type": "api_error", "message": _BROKEN}}
+        body = f"event: error\ndata: {json.dumps(message)}\n\n"
+    elif path.startswith(RESPONSES_PATH):
         event = {"type": "error", "code": "server_error", "sequence_number": 0} | error
         body = f"event: error\ndata: {json.dumps(event)}\n\n"
     else:

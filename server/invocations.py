@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.responses import Response
 from starlette.routing import BaseRoute
+from vllm.exceptions import VLLMValidationError
 
 from server.admission import AdaptiveState
 from server.protocol import (
@@ -86,7 +87,7 @@ def read_request(
         VLLMValidationError: a field is wrong.
     """
     if not isinstance(body, dict):
-        return None
+        raise VLLMValidationError("body: must be a JSON object", parameter="body")
     model = body.get("model")
     is_adaptive_name = isinstance(model, str) and state.strip_adaptive_name(model) is not None
     body = {**body, "model": adapter or (model if is_adaptive_name else None)}
@@ -100,5 +101,8 @@ def read_request(
         except ValidationError as error:
             wrong = wrong or error
     if wrong is not None and is_asked_for:
-        raise RequestValidationError(wrong.errors(include_url=False))
+        errors = wrong.errors(include_url=False)
+        raise RequestValidationError(
+            [{**error, "loc": ("body", *error["loc"])} for error in errors]
+        )
     return None

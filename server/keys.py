@@ -22,6 +22,7 @@ from server.record import find_path
 from server.shutdown import PROBES
 
 METRICS_PATH = "/metrics"
+READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 # Of a connection that breaks the server's policy (RFC 6455).
 _POLICY_VIOLATION = 1008
 _MESSAGE = "missing or wrong API key: send it in the header `Authorization: Bearer KEY`"
@@ -36,7 +37,7 @@ def read_api_keys(args: Namespace) -> list[str]:
 
 
 def list_open_paths(page: Iterable[str], *, metrics: bool) -> frozenset[str]:
-    """The paths that need no key.
+    """The paths that need no key to be looked at.
 
     Args:
         page: those of the playground's files.
@@ -57,10 +58,7 @@ class ApiKeys:
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Compared as a whole, so that no other spelling of a path passes for an open one.
-        if scope["type"] == "lifespan" or find_path(scope) in self._open_paths:
-            return await self._app(scope, receive, send)
-        if self._has_key(scope):
+        if scope["type"] == "lifespan" or self._is_open(scope) or self._has_key(scope):
             return await self._app(scope, receive, send)
         scope["app"].state.adaptive.metrics.count_unauthorized()
         refusal = Refusal(HTTPStatus.UNAUTHORIZED, _MESSAGE, challenge="Bearer")
@@ -69,6 +67,12 @@ class ApiKeys:
         if "websocket.http.response" in scope.get("extensions", {}):
             return await send_refusal(for_websocket(send), refusal)
         await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
+
+    def _is_open(self, scope: Scope) -> bool:
+        # Not with a method that has a body, which would be read. Compared as a whole, so that no
+        # other spelling of a path passes for an open one.
+        is_look = scope["type"] == "http" and scope["method"] in READING_METHODS
+        return is_look and find_path(scope) in self._open_paths
 
     def _has_key(self, scope: Scope) -> bool:
         scheme, _, key = find_header(scope, b"authorization").partition(b" ")

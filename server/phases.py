@@ -72,7 +72,10 @@ class Templates:
         except VLLMValidationError:
             # A template need not know a conversation that nobody continues.
             return prompt
-        report.beginnings.append(await self._find_beginning(prompt, before))
+        beginning = await self._find_beginning(prompt, before)
+        # The conversations of a batch often have the same.
+        if beginning not in report.beginnings:
+            report.beginnings.append(beginning)
         return prompt
 
     async def _find_beginning(self, prompt: Rendering, before: Rendering) -> list[int]:
@@ -107,17 +110,16 @@ def count_written(prompt_token_ids: Sequence[int], beginnings: Sequence[list[int
 
     A prompt that was cut at its end has none. One that was cut at its start may be nothing else.
     """
-    longest = 0
+    prompt, longest = list(prompt_token_ids), 0
     for beginning in beginnings:
-        pairs = zip(reversed(prompt_token_ids), reversed(beginning), strict=False)
-        num_alike = 0
-        for one, other in pairs:
-            if one != other:
-                break
+        max_alike = min(len(beginning), len(prompt))
+        # As a whole: there may be hundreds of prompts and beginnings, of thousands of tokens.
+        num_alike = max(0, min(len(beginning) - MAX_UNLIKE, len(prompt)))
+        if prompt[len(prompt) - num_alike :] != beginning[len(beginning) - num_alike :]:
+            continue
+        while num_alike < max_alike and prompt[-1 - num_alike] == beginning[-1 - num_alike]:
             num_alike += 1
-        num_wanted = min(len(beginning) - MAX_UNLIKE, len(prompt_token_ids))
-        if num_alike >= num_wanted:
-            longest = max(longest, num_alike)
+        longest = max(longest, num_alike)
     return longest
 
 

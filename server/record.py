@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
+from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.logger import init_logger
 from vllm.outputs import RequestOutput
@@ -184,9 +185,8 @@ class Recorder:
 
 
 def find_path(scope: Scope) -> str:
-    """A request's path, without the prefix that a proxy may have put before it."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+    """A request's path as the router sees it: without the prefix of `--root-path`."""
+    return get_route_path(scope)
 
 
 def find_request_id(scope: Scope) -> str | None:

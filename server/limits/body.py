@@ -9,6 +9,9 @@ import msgspec
 
 from server.limits.refusal import Refusal, bound_param
 
+# Each costs far more than its two characters once it is parsed. A text may contain brackets, too;
+# one with as many of them as this fits no model.
+MAX_BRACKETS = 1 << 18
 _MAX_REASON_LEN = 200
 _decode = msgspec.json.decode
 
@@ -20,8 +23,12 @@ def read_fields(body: bytes, *, is_json: bool = True) -> dict[str, Any] | None:
         is_json: whether the client says that the body is JSON. Another kind of body need not be.
 
     Raises:
-        Refusal: the body is not JSON, or one of its texts has a lone surrogate.
+        Refusal: the body is not JSON, has too many lists and objects, or one of its texts has a
+            lone surrogate.
     """
+    if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
+        message = f"body: at most {MAX_BRACKETS} opening brackets, of lists and objects"
+        raise Refusal(HTTPStatus.BAD_REQUEST, message, "body")
     try:
         value = _decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -17,6 +17,7 @@ from adaptive_head.options import parse_request
 from adaptive_head.parameters import MAX_LIST_LEN
 from adaptive_head.vllm.limits import Limits
 from server.limits import grammars, messages
+from server.limits.body import MAX_BRACKETS
 from server.limits.door import MAX_INLINE_BYTES, Door
 from server.limits.grammars import GrammarGate, check_grammars_in_threads
 from server.limits.queue import Queue, refuse_full
@@ -180,6 +181,14 @@ async def test_a_large_body_is_checked_too():
     body = {"prompt": "a" * MAX_INLINE_BYTES, "n": 9}
     param, _ = await refused(body, SMALL.model_copy(update={"max_body_bytes": 10**6}))
     assert param == "n"
+
+
+@pytest.mark.parametrize("item", ["[]", "{}", '"["'])
+async def test_a_body_with_very_many_brackets_is_refused_before_it_is_parsed(item):
+    brackets = ",".join([item] * MAX_BRACKETS)
+    client = Client(SMALL.model_copy(update={"max_body_bytes": 10**7}))
+    assert await client.ask(f'{{"prompt": [{brackets}]}}'.encode()) == 400
+    assert client.error["message"].startswith(f"body: at most {MAX_BRACKETS} opening brackets")
 
 
 async def test_a_body_in_parts_arrives_whole():

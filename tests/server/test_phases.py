@@ -116,6 +116,13 @@ def test_where_the_template_adds_nothing_or_says_nothing_nothing_counts(renderer
     assert not report.beginnings
 
 
+def test_conversations_that_begin_alike_count_once(renderer):
+    report = begin()
+    for _ in range(3):
+        render(renderer, EXAMPLE)
+    assert len(report.beginnings) == 1
+
+
 def test_only_two_phase_requests_render_twice(renderer):
     rendered = []
     original = renderer._apply_chat_template_async.__self__._render
@@ -161,6 +168,10 @@ def test_a_common_beginning_is_as_long_as_can_be(first, second):
         ([1, 2, 3, 4], [[3, 4, 5, 6]], 0),
         ([1, 2, 4], [[3, 4, 5, 6, 4]], 0),
         ([5, 6], [[1, 2, 3, 4, 5, 6]], 2),
+        ([1, 2, 3], [[3]], 1),
+        ([1, 2, 3], [[4]], 0),
+        ([1, 2, 3], [[7, 8, 9]], 0),
+        ([1, 2, 3], [[]], 0),
     ],
 )
 def test_a_beginning_counts_where_the_prompt_ends_with_it(prompt, beginnings, num_written):

@@ -154,6 +154,7 @@ def test_invocations_of_a_header_s_model_are_of_that_model(mock_server):
 
 
 def test_invocations_of_other_kinds_are_vllms(mock_server):
-    for body in (b"{", b"[]", b'{"input": "Hi"}'):
+    for body, part in ((b"{", "JSON"), (b"[]", "JSON object"), (b'{"input": "Hi"}', "")):
         response = mock_server.post("/invocations", body)
         assert response.status_code == 400, response.text
+        assert part in response.json()["error"]["message"]
