@@ -4,7 +4,7 @@ import json
 from http import HTTPStatus
 
 from fastapi import Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +18,8 @@ logger = init_logger("vllm.adaptive")
 
 BODY_METHODS = frozenset({"DELETE", "PATCH", "POST", "PUT"})
 RESPONSES_PATH = "/v1/responses"
+# As proxies have it: HTTP has no status for it.
+CLIENT_LEFT = 499
 MESSAGES_PATH = "/v1/messages"
 TYPES = {
     HTTPStatus.NOT_FOUND: "NotFoundError",
@@ -63,8 +65,9 @@ class ErrorNet:
         try:
             await self._app(scope, receive, watched)
         except ClientDisconnect:
-            # Nobody is left to answer.
-            return
+            # Nobody is left to read it, but metrics count a request without an answer as a 5xx.
+            if start is None:
+                await Response(status_code=CLIENT_LEFT)(scope, receive, send)
         except Exception as error:
             if start is None:
                 await self._answer(error, scope, receive, send)

@@ -7,6 +7,9 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_fastapi_instrumentator.metrics import requests
+from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -93,13 +96,23 @@ async def test_an_answer_of_another_kind_that_breaks_is_cut():
         await ask(make_app(handle))
 
 
-async def test_nobody_is_answered_where_the_client_has_left(caplog):
+async def test_a_client_that_has_left_is_no_fault_of_the_server(caplog):
     async def app(scope, receive, send):
         raise ClientDisconnect
 
+    registry = CollectorRegistry()
+    watched = PrometheusInstrumentatorMiddleware(
+        ErrorNet(app), instrumentations=[requests(registry=registry)], registry=registry
+    )
     sent = []
-    await ErrorNet(app)({"type": "http", "method": "POST"}, None, sent.append)
-    assert not sent and not caplog.records
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+    await watched(scope | {"app": FastAPI()}, None, send)
+    assert b"5xx" not in generate_latest(registry)
+    assert sent[0]["status"] == 499 and not caplog.records
 
 
 @pytest.mark.parametrize(
