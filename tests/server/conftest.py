@@ -15,6 +15,7 @@ import psutil
 import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from adaptive_head import AdaptiveHead, HeadConfig, load_head
 from adaptive_head.embedded_model import prepare
@@ -127,10 +128,13 @@ class Server:
         """The sum of a metric's samples, over all labels that are not given."""
         return sum(
             sample.value
-            for family in text_string_to_metric_families(self.get("/metrics").text)
-            for sample in family.samples
+            for sample in self.read_metrics()
             if sample.name == sample_name and labels.items() <= sample.labels.items()
         )
+
+    def read_metrics(self) -> Iterator[Sample]:
+        for family in text_string_to_metric_families(self.get("/metrics").text):
+            yield from family.samples
 
 
 def wait_until(condition: Callable[[], object], seconds: float = HANG_S) -> None:
