@@ -16,6 +16,7 @@ from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.heads import SHIPPED_HEADS
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError, check_version, refuse_unsupported
+from adaptive_head.vllm.lifetime import end_with_parent
 from adaptive_head.vllm.limits import DEFAULT_MAX_QUEUED, Limits, option_name
 from adaptive_head.vllm.settings import (
     ADMIN_KEY_VARIABLE,
@@ -25,6 +26,10 @@ from adaptive_head.vllm.settings import (
     read_admin_key,
 )
 from server.operator_flags import parse_max, parse_policy
+
+# A process that this one spawns imports this module before it does anything else. vLLM calls it,
+# too, but only when an engine core has already waited for its API process, for minutes if need be.
+end_with_parent()
 
 PLUGIN = "adaptive"
 # All of vLLM's groups but the one for endpoints, which only load when they are named.
@@ -168,8 +173,10 @@ def main(argv: list[str] | None = None) -> None:
 
     import server.plugin  # noqa: F401
     from server.shutdown import DRAIN
+    from server.startup import interruptible_start
 
-    ServeSubcommand.cmd(args)
+    with interruptible_start():
+        ServeSubcommand.cmd(args)
     if DRAIN.has_engine_died:
         # vLLM would end with 0, which an orchestrator takes for intended.
         parser.exit(1, "adaptive-serve: the engine died\n")
@@ -238,11 +245,12 @@ def prepare_environment() -> None:
 
 
 def find_plugins() -> list[str]:
-    """The installed plugins that vLLM would load by itself.
+    """The other installed plugins that vLLM would load by itself.
 
     Naming ours makes vLLM's list exclusive, and must not switch the others off.
     """
-    return sorted(plugin.name for group in PLUGIN_GROUPS for plugin in entry_points(group=group))
+    names = {plugin.name for group in PLUGIN_GROUPS for plugin in entry_points(group=group)}
+    return sorted(names - {PLUGIN})
 
 
 def parse_vllm(vllm_argv: list[str]) -> Namespace:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import logging.handlers
+import os
 import queue
 import threading
 from datetime import UTC, datetime
@@ -94,18 +95,57 @@ class RequestLog(logging.handlers.QueueListener, Observer):
         stopping.join(CLOSE_TIMEOUT_S)
 
 
+class LineHandler(logging.handlers.WatchedFileHandler):
+    """Writes a line with one call, so that processes can share a file.
+
+    Opens the file again after an error. A buffer would keep a line that could not be written, and
+    fail on it again before the file is opened anew.
+    """
+
+    _is_torn = False
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, "ab", buffering=0)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line.
+
+        Raises:
+            OSError: it was not written, or only its beginning. The next line begins a new one.
+        """
+        try:
+            self.reopenIfNeeded()
+            if self.stream is None:
+                self.stream = self._open()
+                self._statstream()
+            self._write(f"{self.format(record)}\n".encode())
+        except OSError:
+            if self.stream is not None:
+                with contextlib.suppress(OSError):
+                    self.stream.close()
+            self.stream = None
+            raise
+
+    def _write(self, line: bytes) -> None:
+        assert self.stream is not None
+        if self._is_torn and os.fstat(self.stream.fileno()).st_size:
+            line = b"\n" + line
+        rest = line
+        while rest := rest[self.stream.write(rest) :]:
+            self._is_torn = True
+        self._is_torn = False
+
+
 def open_handler(target: str) -> logging.Handler:
-    """A handler that writes a line with one call, so that processes can share a file."""
+    """A handler whose errors are raised and not printed."""
+    if target != STDOUT:
+        return LineHandler(target)
 
     def raise_again(record: logging.LogRecord) -> NoReturn:
         raise  # what a handler would print otherwise
 
     # Not sys.stdout: vLLM puts a prefix before every line of that.
-    handler = (
-        logging.StreamHandler(open(1, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
-        if target == STDOUT
-        else logging.handlers.WatchedFileHandler(target, encoding="utf-8")
-    )
+    handler = logging.StreamHandler(open(1, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
     handler.handleError = raise_again  # type: ignore[method-assign]
     return handler
 

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 
 import httpx
 import pytest
@@ -14,7 +16,7 @@ from vllm.logger import _VllmLogRecordFactory
 
 from server.record import MAX_TEXT_LEN, Recorder, current_record, note_request
 from server.request_log import RequestLog, check_target
-from tests.server.conftest import wait_until
+from tests.server.conftest import HANG_S, wait_until
 from tests.server.fakes import make_output, make_report, sample
 
 LOST = "adaptive_request_log_lost_total"
@@ -251,6 +253,54 @@ def test_a_full_disk_loses_lines_and_raises_nothing(registry):
     assert sample(registry, LOST) == 3
     log.write({"number": 3})
     assert sample(registry, LOST) == 4, "a line after the end"
+
+
+def test_a_log_comes_back_when_its_device_does(tmp_path, registry):
+    """The path leads to a full device, then to one that has room."""
+    path = tmp_path / "log"
+    path.symlink_to("/dev/full")
+    log = RequestLog(str(path), registry)
+    for number in range(2):
+        log.write({"number": number})
+    wait_until(lambda: sample(registry, LOST) >= 2, seconds=10)
+    path.unlink()
+    path.symlink_to(tmp_path / "file")
+    for number in range(2, 4):
+        log.write({"number": number})
+    log.close()
+    lines = (tmp_path / "file").read_text().splitlines()
+    assert [json.loads(line)["number"] for line in lines] == [2, 3]
+    assert sample(registry, LOST) == 2
+
+
+# Allows itself files of 100 bytes, so that the fourth line fits in part, then longer ones again.
+FILLS_UP = """
+import resource, signal, sys
+from prometheus_client import CollectorRegistry
+from server.request_log import RequestLog
+from tests.server.conftest import HANG_S, wait_until
+from tests.server.fakes import sample
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+registry = CollectorRegistry()
+log = RequestLog(sys.argv[1], registry)
+_, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit))
+for number in range(5):
+    log.write({"number": number, "text": "x" * 8})
+wait_until(lambda: sample(registry, "adaptive_request_log_lost_total") >= 2, seconds=60)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+log.write({"number": 5, "text": "x" * 8})
+log.close()
+"""
+
+
+def test_a_line_that_was_cut_off_spoils_no_other(tmp_path):
+    file = tmp_path / "log"
+    subprocess.run([sys.executable, "-c", FILLS_UP, str(file)], check=True, timeout=HANG_S)
+    *whole, cut, last = file.read_text().splitlines()
+    assert [json.loads(line)["number"] for line in [*whole, last]] == [0, 1, 2, 5]
+    assert cut == '{"number":3,"text":"xxxxxxxx"}'[: 100 - 3 * 31]
 
 
 def test_a_log_that_was_moved_away_is_opened_anew(tmp_path, registry):
