@@ -16,7 +16,6 @@ from adaptive_head.fingerprint import fingerprint_model
 from adaptive_head.heads import SHIPPED_HEADS
 from adaptive_head.vllm import SCHEDULER_CLS, WORKER_CLS
 from adaptive_head.vllm.compat import UnsupportedError, check_version, refuse_unsupported
-from adaptive_head.vllm.lifetime import end_with_parent
 from adaptive_head.vllm.limits import DEFAULT_MAX_QUEUED, Limits, option_name
 from adaptive_head.vllm.settings import (
     ADMIN_KEY_VARIABLE,
@@ -25,13 +24,13 @@ from adaptive_head.vllm.settings import (
     AdaptiveSettings,
     read_admin_key,
 )
+from server.lifetime import PLUGIN, end_with_parent
 from server.operator_flags import parse_max, parse_policy
 
-# A process that this one spawns imports this module before it does anything else. vLLM calls it,
-# too, but only when an engine core has already waited for its API process, for minutes if need be.
+# Processes that `adaptive-serve` spawns import this module first. vLLM calls the function as well,
+# but an engine core only after it has waited for its API process, for minutes if that is gone.
 end_with_parent()
 
-PLUGIN = "adaptive"
 # All of vLLM's groups but the one for endpoints, which only load when they are named.
 PLUGIN_GROUPS = (
     "vllm.general_plugins",
@@ -173,9 +172,9 @@ def main(argv: list[str] | None = None) -> None:
 
     import server.plugin  # noqa: F401
     from server.shutdown import DRAIN
-    from server.startup import interruptible_start
+    from server.signals import catch_signals
 
-    with interruptible_start():
+    with catch_signals():
         ServeSubcommand.cmd(args)
     if DRAIN.has_engine_died:
         # vLLM would end with 0, which an orchestrator takes for intended.

@@ -55,6 +55,7 @@ from server.request_log import RequestLog
 from server.responses import AdaptiveServingResponses, let_temperature_be_null
 from server.routes import ADAPTIVE_PATHS, Holding, make_router
 from server.shutdown import DRAIN, DrainingClient, Gate, bound_closing, note_end
+from server.unsent import forget_unsent
 
 # A custom vLLM logger name must start with "vllm" for its configuration to apply.
 logger = init_logger("vllm.adaptive")
@@ -148,6 +149,7 @@ class AdaptiveEndpoints:
         replace_stock_check(state.application)
         await check_grammars_in_threads(engine_client, settings.limits)
         watch_engine(engine_client)
+        forget_unsent(engine_client)
         state.queue.watch(engine_client)
         control = None
         if admin_key is not None and settings.heads_dir is not None:

@@ -18,6 +18,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 
 from server.record import find_path
+from server.signals import HURRIED_S, end_within
 
 logger = init_logger("vllm.adaptive")
 
@@ -29,8 +30,9 @@ MIN_TEARDOWN_S = 1.0
 _POLL_S = 0.05
 # Until the last words of answers have reached their clients.
 _SETTLE_S = 2.0
-# One Ctrl-C can reach a process twice: from the terminal, and from the process above it.
-_ONE_SIGNAL_S = 1.0
+# One Ctrl-C can reach a process twice: from the terminal, and from the process above it, which is
+# quick to pass it on; but vLLM's process above several API processes turns it into a SIGTERM.
+_ONE_SIGNAL_S = {signal.SIGINT: 0.1, signal.SIGTERM: 1.0}
 # For connections that are still open when there is nothing more to say.
 _CLOSE_CONNECTIONS_S = 2
 
@@ -106,7 +108,7 @@ class DrainingClient:
         """Stop within `timeout` seconds. vLLM calls it from a thread, at the first signal.
 
         What runs at the end of the grace time, or at a second signal, is aborted: its answers end
-        with the finish reason "abort".
+        with the finish reason "abort". After a second signal the process ends within `HURRIED_S`.
         """
         grace_s = timeout or 0.0
         end = time.monotonic() + grace_s
@@ -151,12 +153,13 @@ class DrainingClient:
     def _listen_for_second_signal(self) -> None:
         started = time.monotonic()
 
-        def hurry() -> None:
-            if time.monotonic() - started > _ONE_SIGNAL_S:
+        def hurry(number: int) -> None:
+            if time.monotonic() - started > _ONE_SIGNAL_S[number] and not self._is_hurried:
                 self._is_hurried = True
+                end_within(HURRIED_S, number)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._loop.add_signal_handler(number, hurry)
+        for number in _ONE_SIGNAL_S:
+            self._loop.add_signal_handler(number, hurry, number)
 
 
 def bound_closing(state: State) -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import signal
 import threading
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import httpx
@@ -14,6 +16,9 @@ from starlette.routing import Route
 from vllm.entrypoints.launchers.launcher import NoSignalServer
 
 from server.shutdown import Drain, DrainingClient, Gate, bound_closing, note_end
+from server.signals import HURRIED_S
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Engine:
@@ -50,12 +55,31 @@ def drain():
     return Drain()
 
 
+def catch_handlers(monkeypatch) -> dict[int, Callable[[], None]]:
+    """What the loop would do at each signal."""
+    handlers = {}
+
+    def add(number, function, *arguments):
+        handlers[number] = partial(function, *arguments)
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "add_signal_handler", add)
+    return handlers
+
+
+@pytest.fixture(autouse=True)
+def ends(monkeypatch):
+    """In how many seconds this process would have ended, and after which signals."""
+    ends = []
+    monkeypatch.setattr("server.shutdown.end_within", lambda *end: ends.append(end))
+    return ends
+
+
 @pytest.fixture
 async def stop(drain, monkeypatch):
     """Stops a server as vLLM's launcher does; returns its engine, and what to do at a signal."""
-    monkeypatch.setattr("server.shutdown._ONE_SIGNAL_S", 0)
-    loop, handlers = asyncio.get_running_loop(), {}
-    monkeypatch.setattr(loop, "add_signal_handler", handlers.__setitem__)
+    monkeypatch.setattr("server.shutdown._ONE_SIGNAL_S", dict.fromkeys(SIGNALS, 0))
+    handlers = catch_handlers(monkeypatch)
+    loop = asyncio.get_running_loop()
 
     async def run(timeout, num_running=0, during=None, num_requests=None):
         drain.num_running = num_running
@@ -112,11 +136,12 @@ async def test_what_runs_at_the_end_of_the_grace_time_is_aborted(stop, timeout):
     assert engine.timeouts == [1.0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_a_second_signal_aborts_at_once(stop, number):
+@pytest.mark.parametrize("number", SIGNALS)
+async def test_a_second_signal_aborts_at_once(stop, ends, number):
     engine = await stop(1000, num_running=2, during=lambda _, handlers: handlers[number]())
     assert engine.aborted == ["a", "b"]
     assert engine.timeouts == [1.0]
+    assert ends == [(HURRIED_S, number)]
 
 
 async def test_a_dead_engine_is_not_waited_for(stop):
@@ -129,21 +154,22 @@ def set_dead(engine):
     engine.errored = True
 
 
-async def test_one_signal_that_arrives_twice_is_one(drain, monkeypatch):
-    handlers = {}
-    loop = asyncio.get_running_loop()
-    monkeypatch.setattr(loop, "add_signal_handler", handlers.__setitem__)
+@pytest.mark.parametrize("number", SIGNALS)
+async def test_one_signal_that_arrives_twice_is_one(drain, monkeypatch, ends, number):
+    monkeypatch.setattr("server.shutdown._ONE_SIGNAL_S", dict.fromkeys(SIGNALS, 60))
+    handlers = catch_handlers(monkeypatch)
     drain.num_running = 1
     client = DrainingClient(Engine(drain), drain)
     thread = threading.Thread(target=client.shutdown, args=(1000,))
     thread.start()
-    while signal.SIGTERM not in handlers:
+    while number not in handlers:
         await asyncio.sleep(0.01)
-    handlers[signal.SIGTERM]()
+    handlers[number]()
     await asyncio.sleep(0.2)
     assert thread.is_alive()
     drain.num_running = 0
     await asyncio.to_thread(thread.join)
+    assert not ends
 
 
 async def test_everything_else_is_the_engine_clients(drain):
