@@ -66,7 +66,7 @@ def end_start(number: int, _: object) -> NoReturn:
 def set_handlers_above() -> None:
     """Leave the first signal to the handler that is set, and pass on others to all children."""
     has_come = False
-    first = {number: signal.getsignal(number) for number in _NUMBERS}
+    first: dict[int, Any] = {number: signal.getsignal(number) for number in _NUMBERS}
 
     def handle(number: int, frame: Any) -> None:
         nonlocal has_come
@@ -74,7 +74,7 @@ def set_handlers_above() -> None:
             hurry_children(number)
         else:
             has_come = True
-            first[number](number, frame)  # type: ignore[operator]
+            first[number](number, frame)
 
     for number in _NUMBERS:
         signal.signal(number, handle)
@@ -84,7 +84,8 @@ def hurry_children(number: int) -> None:
     """Pass on a second signal, and do not wait long for what it does."""
     end_within(HURRIED_S, number)
     for child in multiprocessing.active_children():
-        os.kill(child.pid, number)
+        if child.pid is not None:
+            os.kill(child.pid, number)
 
 
 def end_within(seconds: float, number: int) -> None:

@@ -4,7 +4,9 @@ import json
 
 import pytest
 from vllm.entrypoints.cli import main as vllm_command
+from vllm.entrypoints.cli import serve
 from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
+from vllm.entrypoints.launchers.api_server import entry
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.launcher import serve_http, terminate_if_errored
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -17,9 +19,14 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.tracing import extract_trace_headers
 from vllm.tracing.otel import init_otel_tracer
+from vllm.utils.network_utils import zmq_socket_ctx
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.engine.utils import launch_core_engines
 from vllm.v1.metrics.stats import RequestStateStats
+from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from tests.contract.helpers import assert_in_order, assert_parameters, source
 
@@ -47,6 +54,37 @@ def test_the_launcher_ends_with_a_dead_engine_and_calls_it_success():
     """Should vLLM end with another code by itself, `adaptive-serve` has nothing to add."""
     assert_in_order(terminate_if_errored, "engine.errored and", "server.should_exit = True")
     assert "sys.exit" not in source(serve_http)
+
+
+def test_vllm_sets_its_handlers_then_calls_setup_server_then_starts_processes():
+    """Should the last two not hold any more, `server.signals` has nothing to add."""
+    assert_in_order(entry.run_server, "signal.signal(signal.SIGTERM", "setup_server(", "await")
+    assert_in_order(
+        serve.run_multi_api_server,
+        "if not shutdown_requested:",
+        "raise SystemExit",
+        "signal.signal(signal.SIGTERM",
+        "signal.signal(signal.SIGINT",
+        "setup_server(",
+        "launch_core_engines(",
+    )
+    assert_in_order(zmq_socket_ctx, "except KeyboardInterrupt:", "finally:")
+    assert_in_order(launch_core_engines, "with zmq_socket_ctx(", "wait_for_engine_startup(")
+
+
+def test_vllm_notes_a_request_before_it_sends_it():
+    assert_in_order(
+        AsyncLLM._add_request,
+        "self.output_processor.add_request(",
+        "await self.engine_core.add_request_async(request)",
+    )
+    assert "except" not in source(AsyncLLM._add_request), "server.unsent may be unnecessary"
+    assert_parameters(EngineCoreClient.add_request_async, "self", "request")
+
+
+def test_general_plugins_are_loaded_in_engine_cores_and_workers():
+    for thing in (EngineCore.__init__, WorkerWrapperBase.init_worker):
+        assert "load_general_plugins()" in source(thing)
 
 
 def test_probes_ask_where_the_gate_looks():
