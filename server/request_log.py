@@ -127,11 +127,12 @@ class LineHandler(logging.handlers.WatchedFileHandler):
             raise
 
     def _write(self, line: bytes) -> None:
-        assert self.stream is not None
-        if self._is_torn and os.fstat(self.stream.fileno()).st_size:
+        # Typed as a text file, which `_open` does not open.
+        stream: Any = self.stream
+        if self._is_torn and os.fstat(stream.fileno()).st_size:
             line = b"\n" + line
         rest = line
-        while rest := rest[self.stream.write(rest) :]:
+        while rest := rest[stream.write(rest) :]:
             self._is_torn = True
         self._is_torn = False
 

@@ -153,7 +153,7 @@ class DrainingClient:
     def _listen_for_second_signal(self) -> None:
         started = time.monotonic()
 
-        def hurry(number: int) -> None:
+        def hurry(number: signal.Signals) -> None:
             if time.monotonic() - started > _ONE_SIGNAL_S[number] and not self._is_hurried:
                 self._is_hurried = True
                 end_within(HURRIED_S, number)
