@@ -180,6 +180,7 @@ async def test_a_server_restores_heads_before_it_answers(setup, save, folder, mo
         "require_engine_side",
         "refuse_unsupported",
         "watch_engine",
+        "forget_unsent",
     ):
         monkeypatch.setattr(f"server.plugin.{name}", lambda *_: None)
     monkeypatch.setattr("server.plugin.check_grammars_in_threads", AsyncMock())
