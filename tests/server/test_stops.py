@@ -34,9 +34,9 @@ def server(request, background):
 @pytest.mark.parametrize("server", ["failing"], indirect=True)
 def test_requests_that_cannot_be_sent_do_not_count_as_running(server):
     for num_choices in (1, 2):
-        # No UTF-8 encodes it, so it fails on its way to the engine.
-        body = {"model": EMBEDDED_NAME, "prompt": "Hi", "request_id": "\ud800", "n": num_choices}
-        assert server.post("/v1/completions", body).status_code == 500
+        # The message to the engine has no room for it.
+        body = {"model": EMBEDDED_NAME, "prompt": "Hi", "priority": 10**30, "n": num_choices}
+        assert server.post("/v1/completions", body).status_code == 400
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(ENDED_S) == 0
 
