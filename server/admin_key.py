@@ -12,9 +12,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from adaptive_head.vllm.limits import Limits
 from adaptive_head.vllm.settings import ADMIN_KEY_VARIABLE
 from server.admission import AdaptiveState
-from server.keys import READING_METHODS, digest, find_header
+from server.keys import READING_METHODS, digest
 from server.limits.refusal import Refusal, refuse_unread
-from server.record import find_path
+from server.record import find_header, find_path
 
 ADMIN_KEY_HEADER = "X-Admin-Key"
 # Every route below it that is more than a look needs the admin key.

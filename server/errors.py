@@ -11,16 +11,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling import error_response
 from vllm.logger import init_logger
 
+from server.limits.door import BODY_METHODS
 from server.limits.mistakes import begin_request
-from server.record import find_path
+from server.record import find_header, find_path
+from server.routes import MESSAGES_PATH, RESPONSES_PATH
 
 logger = init_logger("vllm.adaptive")
 
-BODY_METHODS = frozenset({"DELETE", "PATCH", "POST", "PUT"})
-RESPONSES_PATH = "/v1/responses"
 # As proxies have it: HTTP has no status for it.
 CLIENT_LEFT = 499
-MESSAGES_PATH = "/v1/messages"
 TYPES = {
     HTTPStatus.NOT_FOUND: "NotFoundError",
     HTTPStatus.METHOD_NOT_ALLOWED: "MethodNotAllowedError",
@@ -88,10 +87,7 @@ class ErrorNet:
 
 def is_event_stream(start: Message) -> bool:
     """Whether a response consists of server-sent events."""
-    return any(
-        name == b"content-type" and value.startswith(b"text/event-stream")
-        for name, value in start["headers"]
-    )
+    return find_header(start, b"content-type").startswith(b"text/event-stream")
 
 
 def make_last_event(scope: Scope) -> Message:

@@ -18,7 +18,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 
 from adaptive_head.vllm.limits import Limits
 from server.limits.refusal import Refusal, refuse_unread, send_refusal
-from server.record import find_path
+from server.record import find_header, find_path
 from server.shutdown import PROBES
 
 METRICS_PATH = "/metrics"
@@ -99,11 +99,6 @@ def replace_stock_check(app: Starlette) -> None:
 def digest(key: bytes) -> bytes:
     """A key's hash: comparing hashes takes the same time for keys of all lengths."""
     return hashlib.sha256(key).digest()
-
-
-def find_header(scope: Scope, name: bytes) -> bytes:
-    """A request's first header of that name, which is in lower case; empty where it has none."""
-    return next((value for found, value in scope["headers"] if found == name), b"")
 
 
 def for_websocket(send: Send) -> Send:

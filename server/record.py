@@ -189,6 +189,11 @@ def find_path(scope: Scope) -> str:
     return get_route_path(scope)
 
 
+def find_header(scope: Scope, name: bytes) -> bytes:
+    """The first header of that name (in lower case) of a request or an answer; empty for none."""
+    return next((value for found, value in scope["headers"] if found == name), b"")
+
+
 def find_request_id(scope: Scope) -> str | None:
     """The response's `id`, which vLLM notes in the scope; else the client's X-Request-Id."""
     metadata = scope.get("state", {}).get("request_metadata")

@@ -99,7 +99,7 @@ class LineHandler(logging.handlers.WatchedFileHandler):
     """Writes a line with one call, so that processes can share a file.
 
     Opens the file again after an error. A buffer would keep a line that could not be written, and
-    fail on it again before the file is opened anew.
+    fail on it again before the file is opened once more.
     """
 
     _is_torn = False

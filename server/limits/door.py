@@ -10,7 +10,7 @@ from adaptive_head.vllm.limits import Limits
 from server.limits.queue import ENGINE_PATHS, Queue
 from server.limits.refusal import UNREAD, Refusal, exceeds, refuse_unread, send_refusal
 from server.limits.shape import check_body
-from server.record import find_path
+from server.record import find_header, find_path
 
 # Those that have no body worth reading pass by.
 BODY_METHODS = frozenset({"DELETE", "PATCH", "POST", "PUT"})
@@ -125,11 +125,8 @@ class Door:
 
 def says_json(scope: Scope) -> bool:
     """Whether a request's headers say that its body is JSON."""
-    for name, value in scope["headers"]:
-        if name == b"content-type":
-            media_type = value.split(b";", 1)[0].strip().lower()
-            return bool(media_type == b"application/json" or media_type.endswith(b"+json"))
-    return False
+    media_type = find_header(scope, b"content-type").split(b";", 1)[0].strip().lower()
+    return media_type == b"application/json" or media_type.endswith(b"+json")
 
 
 def replay(message: Message, receive: Receive) -> Receive:
