@@ -68,7 +68,13 @@ class Server:
         self.children: list[psutil.Process] = []
 
     def connect(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=120)
+        """A client with a new connection for each request.
+
+        Of a pool that several threads share, one may close a connection that another has just
+        taken, and a server closes what idles.
+        """
+        limits = httpx.Limits(max_keepalive_connections=0)
+        return httpx.Client(base_url=self.url, timeout=120, limits=limits)
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S

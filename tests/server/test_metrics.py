@@ -276,11 +276,19 @@ def test_what_is_exported_is_what_prometheus_reads():
     assert all(family.documentation for family in families.values())
 
 
+# The fakes import vLLM, which takes long.
 ONE_API_PROCESS = """
+import sys
+
+from adaptive_head.checkpoint import HeadMetadata
 from adaptive_head.options import parse_request, resolve_options
 from server.metrics import AdaptiveMetrics
-from tests.server.fakes import HEADS
 
+names = "tok", "seq"
+HEADS = {
+    name: HeadMetadata.model_validate_json(head)
+    for name, head in zip(names, sys.argv[1:], strict=True)
+}
 metrics = AdaptiveMetrics("smol", HEADS)
 options = resolve_options(parse_request({}), HEADS, "tok")
 metrics.count_request(options)
@@ -291,7 +299,8 @@ metrics.count_answer(options, 0.4)
 
 def test_several_api_processes_add_up(tmp_path, request):
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", ONE_API_PROCESS]
+    heads = [HEADS[name].model_dump_json() for name in ("tok", "seq")]
+    command = [sys.executable, "-c", ONE_API_PROCESS, *heads]
     root = request.config.rootpath
     processes = [subprocess.Popen(command, env=environment, cwd=root) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]

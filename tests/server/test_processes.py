@@ -5,8 +5,10 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -50,15 +52,16 @@ def is_connected(process: psutil.Process, port: int) -> bool:
 
 
 def wait_until_all_answer(server, num_processes: int) -> None:
-    """The first of several API processes answers for all; wait for the others.
-
-    Leaves open connections to all of them, which the next requests use.
-    """
+    """The first of several API processes answers for all; wait for the others."""
     deadline = time.monotonic() + START_TIMEOUT_S
-    while sum(is_connected(child, server.port) for child in server.children) < num_processes:
+    num_connected = 0
+    while num_connected < num_processes:
         assert time.monotonic() < deadline, server.read_log()
-        with ThreadPoolExecutor(12) as pool:
-            list(pool.map(lambda _: server.get("/health"), range(24)))
+        with ExitStack() as stack:
+            for _ in range(12):
+                client = stack.enter_context(httpx.Client(base_url=server.url, timeout=HANG_S))
+                client.get("/health")
+            num_connected = sum(is_connected(child, server.port) for child in server.children)
 
 
 def assert_ends(server, number: int) -> None:
@@ -125,9 +128,6 @@ def test_several_api_processes_report_and_count_together(several):
     choices = [future.result().json()["choices"][0] for future in answers]
     assert [choice["adaptive"]["tokens"] for choice in choices] == [*range(3, 15)]
     for _ in range(4):
-        # A new connection each time, so that each process is asked.
-        several.http.close()
-        several.http = several.connect()
         assert several.sum_metric(COUNT) == sum(range(3, 15))
         assert several.sum_metric("adaptive_requests_total") == 12
         assert several.sum_metric("adaptive_head_info") == 2
