@@ -4,6 +4,7 @@ Triton decides so when it is first imported, and when a kernel is defined. The p
 start may have a device, and decide for themselves.
 """
 
+import gc
 import os
 import runpy
 import signal
@@ -45,6 +46,17 @@ def pytest_configure(config):
     minor, version = config.getoption("--minor"), find_vllm_version()
     if minor is not None and not version.startswith(f"{minor}."):
         raise pytest.UsageError(f"--minor={minor}, but the vLLM on the path is {version}")
+
+
+def pytest_collection_finish():
+    """What the imports have made stays. To look through it again and again takes minutes."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    # Libraries say at the end of the process what was left to them.
+    gc.unfreeze()
 
 
 def pytest_report_header():

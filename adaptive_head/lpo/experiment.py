@@ -312,8 +312,9 @@ class Experiment(_Strict):
         """
         # Enough for pairs of several prompts, which training needs, whatever is sampled.
         num_train = max(3, 10 // len(self.tasks))
-        tasks = {name: _shrink_task(task, num_train) for name, task in self.tasks.items()}
-        outside = {name: _shrink_task(task, 1) for name, task in self.outside.items()}
+        tasks = {name: _shrink_task(task, num_train, 40) for name, task in self.tasks.items()}
+        # They teach nothing, so they need no differences between answers.
+        outside = {name: _shrink_task(task, 1, 12) for name, task in self.outside.items()}
         heads = {
             name: head.model_copy(update={"max_epochs": 2}) for name, head in self.heads.items()
         }
@@ -336,9 +337,10 @@ class Experiment(_Strict):
         )
 
 
-def _shrink_task(task: TaskConfig, num_train: int) -> TaskConfig:
+def _shrink_task(task: TaskConfig, num_train: int, max_tokens: int) -> TaskConfig:
     prompts = task.prompts.model_copy(update={"num_train": num_train, "num_test": 2})
-    return task.model_copy(update={"prompts": prompts, "max_tokens": min(task.max_tokens, 40)})
+    max_tokens = min(task.max_tokens, max_tokens)
+    return task.model_copy(update={"prompts": prompts, "max_tokens": max_tokens})
 
 
 def read_experiment(path: Path) -> Experiment:
