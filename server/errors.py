@@ -1,6 +1,7 @@
 """Errors in OpenAI's form, on a connection that stays open."""
 
 import json
+from collections.abc import Awaitable
 from http import HTTPStatus
 
 from fastapi import Request
@@ -55,11 +56,12 @@ class ErrorNet:
         begin_request(has_body=scope["method"] in BODY_METHODS)
         start: Message | None = None
 
-        async def watched(message: Message) -> None:
+        # Called for every chunk, so it awaits nothing itself.
+        def watched(message: Message) -> Awaitable[None]:
             nonlocal start
             if start is None:
                 start = message
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, receive, watched)

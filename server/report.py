@@ -41,7 +41,8 @@ class ChoiceReport:
         self._num_repeats = 0
         self.num_abstained = 0
         self.num_given: int | None = None
-        self._micros: list[int] = []
+        # Of each token, where they are to be listed.
+        self._temperatures: list[float] = []
         self._num_sent = 0
 
     @property
@@ -59,11 +60,16 @@ class ChoiceReport:
         """Take the temperatures off an output."""
         if completion.sampling_mask is None:
             # Most tokens: to add them up until somebody asks costs a fraction.
-            self._num_repeats += len(completion.token_ids)
+            num_tokens = len(completion.token_ids)
+            self._num_repeats += num_tokens
+            if self._has_list:
+                self._temperatures += self._temperatures[-1:] * num_tokens
             return
         self._settle()
         for decision, count in self._reader.read(completion):
             self._count(decision, count)
+            if self._has_list:
+                self._temperatures += [decision.temperature / MILLION] * count
 
     def take_uncounted(self) -> Mapping[int, int]:
         """Tokens by temperature (millionths) that have come since the last call."""
@@ -82,15 +88,13 @@ class ChoiceReport:
             num_tokens[micro] = num_tokens.get(micro, 0) + count
         if decision.flags and decision.has_abstained:
             self.num_abstained += count
-        if self._has_list:
-            self._micros += [micro] * count
 
     def take_ready(self) -> list[float]:
         """Temperatures of the tokens that are in the response and not yet reported."""
-        self._settle()
         first = self._num_sent
-        self._num_sent = end = len(self._micros) if self.num_given is None else self.num_given
-        return [micro / MILLION for micro in self._micros[first:end]]
+        num_ready = self.num_given
+        self._num_sent = end = len(self._temperatures) if num_ready is None else num_ready
+        return self._temperatures[first:end]
 
     def describe(self, show_tokens: bool) -> dict[str, Any]:
         """The `adaptive` object of a finished answer.
@@ -105,7 +109,7 @@ class ChoiceReport:
             "histogram": bin_temperatures(self._options, self.num_tokens),
         }
         if show_tokens:
-            described["temperatures"] = [micro / MILLION for micro in self._micros]
+            described["temperatures"] = list(self._temperatures)
         return described
 
 

@@ -3,11 +3,12 @@
 import re
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import lru_cache
 from typing import Any
 
 import msgspec
 
-from server.report import Report
+from server.report import ChoiceReport, Report
 
 # An unescaped quote cannot occur inside a JSON string, so these are keys: one with a text value,
 # and the choices' with the first key of the first. Every chunk of vLLM's has one choice, except for
@@ -44,9 +45,9 @@ class ChunkWriter:
         # Whether a chunk that ends no choice passes as it is. Not once all choices have ended, as
         # the usage follows.
         self._skips = not show_tokens
-        # How the last chunk began, up to the fields of its choice, and the choice's index.
+        # How the last chunk began, up to the fields of its choice, and that choice's report.
         self._beginning = ""
-        self._index = 0
+        self._choice: ChoiceReport | None = None
 
     def write_text(self, chunk: str) -> str:
         """Return a server-sent event of vLLM's with the field `adaptive`."""
@@ -56,18 +57,21 @@ class ChunkWriter:
         if _TOKENS_KEY not in chunk:
             return self._write_usage_text(chunk) if _NO_CHOICE in chunk else chunk
         # The chunks of one choice begin alike.
-        if not (self._beginning and chunk.startswith(self._beginning)):
-            if (choice := _CHOICE.search(chunk)) is None:
+        if (choice := self._choice) is None or not chunk.startswith(self._beginning):
+            if (found := _CHOICE.search(chunk)) is None:
                 return chunk
-            self._beginning, self._index = chunk[: choice.end()], int(choice[1])
-        adaptive = self._describe(self._index)
+            self._beginning = chunk[: found.end()]
+            self._choice = choice = self._report[int(found[1])]
+        temperatures = choice.take_ready() if self._show_tokens else []
         if is_finished:
-            summary = self._end(self._index)
-            adaptive = summary | adaptive
+            summary = self._end(choice)
+            field = encode_field(summary | list_temperatures(*temperatures))
             chunk = f'{chunk.removesuffix(_END)},"adaptive":{_encode(summary)}{_END}'
-        elif not adaptive:
+        elif temperatures:
+            field = encode_temperatures(*temperatures)
+        else:
             return chunk
-        return f'{self._beginning}"adaptive":{_encode(adaptive)},{chunk[len(self._beginning) :]}'
+        return f"{self._beginning}{field}{chunk[len(self._beginning) :]}"
 
     def write_object(self, chunk: Any) -> Any:
         """Return a chunk that vLLM has not yet serialised with the field `adaptive`."""
@@ -76,9 +80,11 @@ class ChunkWriter:
             return self._write_usage_object(chunk)
         (choice,) = choices
         if _TOKENS in choice.model_fields_set:
-            adaptive = self._describe(choice.index)
+            report = self._report[choice.index]
+            temperatures = report.take_ready() if self._show_tokens else []
+            adaptive = list_temperatures(*temperatures)
             if choice.finish_reason is not None:
-                summary = self._end(choice.index)
+                summary = self._end(report)
                 adaptive = summary | adaptive
                 chunk.model_extra["adaptive"] = summary
             if adaptive:
@@ -86,18 +92,12 @@ class ChunkWriter:
                 choice.model_extra["adaptive"] = adaptive
         return chunk
 
-    def _describe(self, index: int) -> dict[str, Any]:
-        """The temperatures of a chunk's tokens, where they are to be listed."""
-        if self._show_tokens and (temperatures := self._report[index].take_ready()):
-            return {"temperatures": temperatures}
-        return {}
-
-    def _end(self, index: int) -> dict[str, Any]:
+    def _end(self, choice: ChoiceReport) -> dict[str, Any]:
         """The summary of a choice that has ended."""
         self._num_ended += 1
         if self._num_ended >= self._report.num_begun:
             self._skips = False
-        return self._report[index].describe(show_tokens=False)
+        return choice.describe(show_tokens=False)
 
     def _write_usage_text(self, chunk: str) -> str:
         return chunk.replace(_USAGE, f'{_USAGE}"adaptive":{_encode(self._report.describe())},', 1)
@@ -106,6 +106,20 @@ class ChunkWriter:
         if (usage := getattr(chunk, "usage", None)) is not None:
             usage.model_extra["adaptive"] = self._report.describe()
         return chunk
+
+
+def list_temperatures(*temperatures: float) -> dict[str, Any]:
+    return {"temperatures": temperatures} if temperatures else {}
+
+
+# A head has few temperatures, and most chunks have one token.
+@lru_cache(maxsize=1024)
+def encode_temperatures(*temperatures: float) -> str:
+    return encode_field(list_temperatures(*temperatures))
+
+
+def encode_field(adaptive: dict[str, Any]) -> str:
+    return f'"adaptive":{_encode(adaptive)},'
 
 
 def _encode(adaptive: object) -> str:

@@ -61,9 +61,13 @@ def has_come_to(server, stage: str) -> bool:
         return False
 
 
-def assert_ends(server, number: int) -> int:
-    """Send a signal; the exit code, once all processes are gone."""
-    server.process.send_signal(number)
+def assert_ends(server, number: int, process=None) -> int:
+    """Send a signal to one of a server's processes; its exit code, once all are gone.
+
+    Args:
+        process: the API process without one.
+    """
+    (process or server.process).send_signal(number)
     code = server.process.wait(ENDED_S)
     deadline = time.monotonic() + ENDED_S
     while left := find_processes(os.environ[VARIABLE]):
@@ -82,6 +86,15 @@ def test_sigterm_ends_a_start_while_the_model_loads(start):
     with start() as server:
         wait_for_stage(server, "Worker")
         assert assert_ends(server, signal.SIGTERM) == 143
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["EngineCore", "Worker"])
+def test_a_server_ends_with_a_process_of_its_engine(start, name):
+    with start() as server:
+        wait_for_stage(server, "ready")
+        (process,) = [child for child in server.children if name in child.name()]
+        assert assert_ends(server, signal.SIGKILL, process) == 1
 
 
 @pytest.mark.slow
