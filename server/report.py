@@ -43,6 +43,8 @@ class ChoiceReport:
         self.num_given: int | None = None
         # Of each token, where they are to be listed.
         self._temperatures: list[float] = []
+        # Until another token comes. An answer shows it twice and more.
+        self._summary: dict[str, Any] | None = None
         self._num_sent = 0
 
     @property
@@ -83,6 +85,7 @@ class ChoiceReport:
             self._count(self._reader.repeat(num_repeats), num_repeats)
 
     def _count(self, decision: Decision, count: int) -> None:
+        self._summary = None
         micro = decision.temperature
         for num_tokens in (self._num_tokens, self._uncounted):
             num_tokens[micro] = num_tokens.get(micro, 0) + count
@@ -102,15 +105,15 @@ class ChoiceReport:
         Args:
             show_tokens: whether to list the temperature of every token.
         """
-        described = describe_tokens(
-            self._options, self.num_tokens, self.num_abstained, self._is_override
-        ) | {
-            "tokens": sum(self.num_tokens.values()),
-            "histogram": bin_temperatures(self._options, self.num_tokens),
-        }
-        if show_tokens:
-            described["temperatures"] = list(self._temperatures)
-        return described
+        self._settle()
+        if self._summary is None:
+            self._summary = describe_tokens(
+                self._options, self._num_tokens, self.num_abstained, self._is_override
+            ) | {
+                "tokens": sum(self._num_tokens.values()),
+                "histogram": bin_temperatures(self._options, self._num_tokens),
+            }
+        return self._summary | ({"temperatures": self._temperatures[:]} if show_tokens else {})
 
 
 class Report:
