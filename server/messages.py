@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-import msgspec
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -15,6 +14,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from server.handlers import AdaptiveServingChat, find_report
 from server.protocol import carry_options
 from server.report import Report, current_report
+from server.stream import encode_field, list_temperatures
 
 _DELTA, _END = "event: content_block_delta\n", "event: message_delta\n"
 _DATA = "data: {"
@@ -70,18 +70,11 @@ async def write_messages(
             if event.startswith(_END):
                 adaptive = report[0].describe(show_tokens=False)
             if show_tokens and event.startswith((_DELTA, _END)):
-                adaptive |= take_temperatures(report)
+                adaptive |= list_temperatures(*report[0].take_ready())
             yield insert(event, adaptive) if adaptive else event
-
-
-def take_temperatures(report: Report) -> dict[str, list[float]]:
-    """Those of the tokens that no event has shown; empty for none."""
-    temperatures = report[0].take_ready()
-    return {"temperatures": temperatures} if temperatures else {}
 
 
 def insert(event: str, adaptive: dict[str, Any]) -> str:
     """A server-sent event with one more field."""
     place = event.index(_DATA) + len(_DATA)
-    field = msgspec.json.encode(adaptive).decode()
-    return f'{event[:place]}"adaptive":{field},{event[place:]}'
+    return f"{event[:place]}{encode_field(adaptive)}{event[place:]}"

@@ -100,7 +100,7 @@ class ChunkWriter:
         return choice.describe(show_tokens=False)
 
     def _write_usage_text(self, chunk: str) -> str:
-        return chunk.replace(_USAGE, f'{_USAGE}"adaptive":{_encode(self._report.describe())},', 1)
+        return chunk.replace(_USAGE, _USAGE + encode_field(self._report.describe()), 1)
 
     def _write_usage_object(self, chunk: Any) -> Any:
         if (usage := getattr(chunk, "usage", None)) is not None:
@@ -109,16 +109,19 @@ class ChunkWriter:
 
 
 def list_temperatures(*temperatures: float) -> dict[str, Any]:
+    """The field of an `adaptive` object that lists tokens' temperatures; none for no token."""
     return {"temperatures": temperatures} if temperatures else {}
 
 
 # A head has few temperatures, and most chunks have one token.
 @lru_cache(maxsize=1024)
 def encode_temperatures(*temperatures: float) -> str:
+    """`encode_field` of an object that has nothing but these."""
     return encode_field(list_temperatures(*temperatures))
 
 
-def encode_field(adaptive: dict[str, Any]) -> str:
+def encode_field(adaptive: object) -> str:
+    """The field `adaptive` as JSON, to stand before another one."""
     return f'"adaptive":{_encode(adaptive)},'
 
 

@@ -169,9 +169,7 @@ def settle(server: Server, tasks_file: Path, at_start: dict[str, float]) -> dict
 
 def measure(server: Server, tasks_file: Path) -> dict[str, float]:
     """Memory (MB), open descriptors and asyncio tasks of an idle server."""
-    server.http.close()
-    server.http = server.connect()
-    # For the connection to close, and the tasks to be counted again.
+    # For the last connection to close, and the tasks to be counted again.
     time.sleep(1)
     process = psutil.Process(server.process.pid)
     return {

@@ -310,7 +310,7 @@ def test_chunked_prefill_n_stop_logprobs_and_constraints(serve, model_of, networ
 
 def test_choices_survive_preemption(serve, model_of, networks):
     result = serve("preempting")
-    assert result["num_preemptions"] > 4
+    assert result["num_preemptions"] > 6
     for request, (answer,) in zip(PREEMPTED, result["answers"][0], strict=True):
         assert_aligned(request, answer, model_of, networks)
         if request["params"]["extra_args"]["adaptive"]["name"] == "seq":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -54,7 +55,9 @@ class Server:
     def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
         self.port = find_free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.http = self.connect()
+        # With a new connection for each request: of a pool that several threads share, one may
+        # close a connection that another has just taken, and a server closes what idles.
+        self.http = self.connect(limits=httpx.Limits(max_keepalive_connections=0))
         self.log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(
@@ -67,14 +70,8 @@ class Server:
             )
         self.children: list[psutil.Process] = []
 
-    def connect(self) -> httpx.Client:
-        """A client with a new connection for each request.
-
-        Of a pool that several threads share, one may close a connection that another has just
-        taken, and a server closes what idles.
-        """
-        limits = httpx.Limits(max_keepalive_connections=0)
-        return httpx.Client(base_url=self.url, timeout=120, limits=limits)
+    def connect(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=120, **options)
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S

@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import random
@@ -278,16 +279,16 @@ def test_what_is_exported_is_what_prometheus_reads():
 
 # The fakes import vLLM, which takes long.
 ONE_API_PROCESS = """
+import json
 import sys
 
 from adaptive_head.checkpoint import HeadMetadata
 from adaptive_head.options import parse_request, resolve_options
 from server.metrics import AdaptiveMetrics
 
-names = "tok", "seq"
 HEADS = {
     name: HeadMetadata.model_validate_json(head)
-    for name, head in zip(names, sys.argv[1:], strict=True)
+    for name, head in json.loads(sys.argv[1]).items()
 }
 metrics = AdaptiveMetrics("smol", HEADS)
 options = resolve_options(parse_request({}), HEADS, "tok")
@@ -299,8 +300,8 @@ metrics.count_answer(options, 0.4)
 
 def test_several_api_processes_add_up(tmp_path, request):
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    heads = [HEADS[name].model_dump_json() for name in ("tok", "seq")]
-    command = [sys.executable, "-c", ONE_API_PROCESS, *heads]
+    heads = {name: head.model_dump_json() for name, head in HEADS.items()}
+    command = [sys.executable, "-c", ONE_API_PROCESS, json.dumps(heads)]
     root = request.config.rootpath
     processes = [subprocess.Popen(command, env=environment, cwd=root) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]

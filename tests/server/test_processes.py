@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
@@ -59,8 +58,7 @@ def wait_until_all_answer(server, num_processes: int) -> None:
         assert time.monotonic() < deadline, server.read_log()
         with ExitStack() as stack:
             for _ in range(12):
-                client = stack.enter_context(httpx.Client(base_url=server.url, timeout=HANG_S))
-                client.get("/health")
+                stack.enter_context(server.connect()).get("/health")
             num_connected = sum(is_connected(child, server.port) for child in server.children)
 
 
